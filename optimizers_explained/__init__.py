@@ -2,6 +2,7 @@
 
 Modules:
 
+- `optimizers_explained.basic`: What one update changes, what a training loop adds, and a small SGD worth keeping.
 - `optimizers_explained.problems`: Four small problems on which an optimizer shows what it does, and the tables and plots every page uses."""
 
 __version__ = "0.0.1"
