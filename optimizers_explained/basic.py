@@ -74,18 +74,20 @@ class BasicSGD:
         for group in self.param_groups:
             for p in group['params']: p.grad = None
 
-# %% ../nbs/01_sgd.ipynb #66bdc258
+# %% ../nbs/01_sgd.ipynb #512137c1
 def _watched():
     "Is somebody looking: at a terminal, or at a notebook with a live kernel?"
     return sys.stdout.isatty() or hasattr(ipython_shell(), 'kernel')
 
-def _bars(epochs, progress):
-    "The epochs, and a function that wraps a loader: with fastprogress bars where it is installed and somebody looks."
-    try: from fastprogress.fastprogress import master_bar, progress_bar
+def _ticker(total, progress):
+    "A function to call with the number of batches done: it moves a fastprogress bar, where that is installed and somebody looks."
+    try: from fastprogress.fastprogress import progress_bar
     except ImportError: progress = False
-    if not (progress and _watched()): return range(epochs), lambda dl: dl
-    bar = master_bar(range(epochs))
-    return bar, lambda dl: progress_bar(dl, parent=bar)
+    if not (progress and _watched()): return lambda done: None
+    bar = progress_bar(range(total), leave=False)
+    bar.comment = progress if isinstance(progress, str) else ''
+    bar.update(0)
+    return bar.update
 
 def _step(model, loss_func, opt, xb, yb):
     def closure():
@@ -104,24 +106,27 @@ def _mean(func, model, batches): # mean of `func(pred, y)` over all rows
     sums = [(func(model(xb), yb)*len(xb), len(xb)) for xb, yb in batches]
     return float(sum(s for s, _ in sums))/sum(n for _, n in sums)
 
-# %% ../nbs/01_sgd.ipynb #eafbc90a
+# %% ../nbs/01_sgd.ipynb #c1388902
 def fit(
     epochs:int, # passes over `train_dl`
     model, # an `nn.Module`; batches are moved to the device of its first parameter
     loss_func, # `loss_func(pred, y)` returns the mean loss of a batch, 0-dim
     opt, # any optimizer here, or any of torch's: something with `step()` and `zero_grad()`
-    train_dl, # iterable of `(xb, yb)` batches, with a length if there is to be a progress bar
-    valid_dl, # the same, for validation
+    train_dl, # iterable of `(xb, yb)` batches, with a length
+    valid_dl, # iterable of `(xb, yb)` batches, for validation
     metric=None, # optional `metric(pred, y)`, a mean over the batch such as `accuracy`; recorded under its own name
-    progress=True, # show a progress bar, in a terminal or a notebook (needs fastprogress)
+    progress=True, # show a progress bar, in a terminal or a notebook (needs fastprogress); a string labels it
 ) -> list: # one dictionary an epoch: `epoch`, `train_loss` (mean over its steps), `valid_loss`, and the metric
     "Train `model` and validate it after each epoch."
     device, history = next(model.parameters()).device, []
     move = lambda dl: ((xb.to(device), yb.to(device)) for xb, yb in dl)
-    bar, wrap = _bars(epochs, progress)
-    for epoch in bar:
+    tick = _ticker(epochs*len(train_dl), progress)
+    for epoch in range(epochs):
         model.train()
-        losses = [_step(model, loss_func, opt, xb, yb).detach() for xb, yb in move(wrap(train_dl))]
+        losses = []
+        for xb, yb in move(train_dl):
+            losses.append(_step(model, loss_func, opt, xb, yb).detach())
+            tick(epoch*len(train_dl) + len(losses))
         model.eval()
         row = dict(epoch=epoch, train_loss=torch.stack(losses).mean().item(), valid_loss=_mean(loss_func, model, move(valid_dl)))
         if metric: row[metric.__name__] = _mean(metric, model, move(valid_dl))
