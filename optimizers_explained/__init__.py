@@ -10,6 +10,7 @@ Modules:
 - `optimizers_explained.basic`: What one update changes, what a training loop adds, and a small SGD worth keeping.
 - `optimizers_explained.callback`: fastai's design, rebuilt: the optimizer keeps the books, and a list of small functions does the work.
 - `optimizers_explained.checkpoint`: What an optimizer saves, what goes wrong when it is loaded, and how to move between libraries without losing the momentum.
+- `optimizers_explained.checks`: What an optimizer refuses, before anything has changed, and how it says so.
 - `optimizers_explained.composer`: MosaicML Composer's two optimizers, rebuilt line by line, with the same numbers and five repairs.
 - `optimizers_explained.core`: An optimizer written as a list of tiny functions that is still a real `torch.optim.Optimizer`.
 - `optimizers_explained.optim`: `from optimizers_explained import optim`: torch's names, argument names, order and defaults.
