@@ -1,9 +1,5 @@
 """Optimizers for neural networks, explained line by line and run side by side: SGD, DecoupledSGDW and fastai's callback Optimizer
 
-You call `optimizer.step()` every day. This library opens it. Notebooks run plain SGD, MosaicML Composer's `DecoupledSGDW` and fastai's callback `Optimizer` side by side, on the same weights and the same batches,
-with PyTorch's own SGD and timm's parameter groups beside them. Each claim that two of them are the same is a cell that measures the difference, next to one that shows what a wrong setting does.
-The cells export this package.
-
 Modules:
 
 - `optimizers_explained.adam`: Two averages, one division, and a small number whose place decides more than its size.
@@ -13,6 +9,7 @@ Modules:
 - `optimizers_explained.checks`: What an optimizer refuses, before anything has changed, and how it says so.
 - `optimizers_explained.composer`: MosaicML Composer's two optimizers, rebuilt line by line, with the same numbers and five repairs.
 - `optimizers_explained.core`: An optimizer written as a list of tiny functions that is still a real `torch.optim.Optimizer`.
+- `optimizers_explained.groups`: Parameter groups on a real ResNet and a real ViT: weight decay, layer decay, discriminative rates, freezing, and timm's factory building our optimizers.
 - `optimizers_explained.optim`: `from optimizers_explained import optim`: torch's names, argument names, order and defaults.
 - `optimizers_explained.problems`: Four small problems on which an optimizer shows what it does, and the tables and plots every page uses.
 - `optimizers_explained.race`: Four optimizers, one network, one set of batches: with the right translation they end at the same weights."""

@@ -71,7 +71,7 @@ def check_kind(
         if extra := [k for k in state if k not in known]:
             if all(n in STATE for n in names): raise ValueError(f"the state of parameter {key} in the checkpoint has {extra[0]}, which no step here knows; they know {sorted(known) or 'none'}")
 
-# %% ../nbs/13_checkpoints.ipynb #7a4ee7cb
+# %% ../nbs/13_checkpoints.ipynb #3cf95ea9
 def prepare(
     opt, # the `StepOptimizer` that is to load
     state_dict:dict, # a checkpoint of this kind of optimizer, or torch's or Composer's of the same
@@ -82,7 +82,7 @@ def prepare(
     new = {**state_dict, 'state': {k: copy.deepcopy(s) for k, s in state_dict['state'].items()}}
     for s in new['state'].values():
         if isinstance(s.get('step'), Tensor): s['step'] = int(s['step'].item())
-    new['param_groups'] = [{**{k: g[k] for k in opt.defaults}, **_with_own_decay(g, copy.copy(s))} for g, s in zip(opt.param_groups, state_dict['param_groups'])]
+    new['param_groups'] = [{**{k: g[k] for k in opt.defaults if k in g}, **_with_own_decay(g, copy.copy(s))} for g, s in zip(opt.param_groups, state_dict['param_groups'])]
     return new
 
 def _with_own_decay(own, saved):
