@@ -19,16 +19,18 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/checks.html.md
 __all__ = ['NONNEGATIVE', 'takes', 'check_value', 'check_hypers', 'name_of', 'check_params', 'with_lr0', 'check_group',
            'check_update', 'Checked', 'check_dense']
 
-# %% ../nbs/09a_checks.ipynb #ee975b09
+# %% ../nbs/09a_checks.ipynb #07836fc3
 import inspect
 import math
 from difflib import get_close_matches
+from functools import lru_cache
 from numbers import Real
 
 import torch
 from torch import Tensor
 
-# %% ../nbs/09a_checks.ipynb #eec7175a
+# %% ../nbs/09a_checks.ipynb #0ee0f9b1
+@lru_cache(maxsize=1024)
 def takes(
     step, # a step: `step(p, g, state, *, ...)`
 ) -> dict: # `{name: default}`, with `inspect.Parameter.empty` where there is none

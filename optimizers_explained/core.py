@@ -26,7 +26,7 @@ from torch import Tensor
 from .checkpoint import prepare
 from .checks import Checked, check_dense, check_group, check_hypers, check_update, name_of, takes
 
-# %% ../nbs/09_core.ipynb #db6e9e17
+# %% ../nbs/09_core.ipynb #7d69b965
 class StepOptimizer(torch.optim.Optimizer):
     "A `torch.optim.Optimizer` that is a list of steps, each a function `step(p, g, state, *, hyperparameters)` that returns a new update or `None`."
     def __init__(self,
@@ -38,8 +38,7 @@ class StepOptimizer(torch.optim.Optimizer):
     ):
         self.steps = [Checked(f) for f in steps] if debug else list(steps)
         defaults = check_hypers(self.steps, hypers)
-        params = params if isinstance(params, Tensor) else list(params)
-        super().__init__(params if len(params) else [dict(params=[])], defaults)
+        super().__init__(params if isinstance(params, Tensor) else list(params) or [dict(params=[])], defaults)
 
     def add_param_group(self, param_group):
         "Add parameters, with hyperparameters of their own where they differ."
