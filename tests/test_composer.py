@@ -110,7 +110,8 @@ def test_group_added_later_decays_by_its_own_rate(cls):
     assert max_diff(b, before*(1 - 1e-4)) < 1e-15
 
 
-@pytest.mark.parametrize('cls,theirs,buffer', [(DecoupledSGDW, torch.optim.SGD, 'momentum_buffer'), (DecoupledAdamW, torch.optim.AdamW, 'exp_avg')])
+@pytest.mark.parametrize('cls,theirs,buffer', [(DecoupledSGDW, torch.optim.SGD, 'momentum_buffer'),
+                                                (DecoupledAdamW, torch.optim.AdamW, 'exp_avg')])
 def test_torch_checkpoint(cls, theirs, buffer, caplog):
     p = param()
     kw = dict(momentum=0.9) if cls is DecoupledSGDW else {}
