@@ -33,7 +33,7 @@ def adam(p, g, state, *, betas=(0.9, 0.999), eps=1e-8, amsgrad=False):
     if amsgrad: v = state['max_exp_avg_sq'] = torch.maximum(state.get('max_exp_avg_sq', v), v)
     return m/v.sqrt().div_((1 - betas[1]**t)**0.5).add_(eps).mul_(1 - betas[0]**t)
 
-# %% ../nbs/11_adam.ipynb #ae361762
+# %% ../nbs/11_adam.ipynb #b2435f97
 def Adam(
     params, # parameters, or groups of them
     lr=1e-3, # learning rate: about how far a weight moves in a step, >= 0
@@ -43,12 +43,12 @@ def Adam(
     amsgrad=False, # divide by the largest average of `g**2` so far
     *,
     maximize=False, # climb instead of descending
-    **options # for `StepOptimizer`, such as `debug`
+    **options # for `StepOptimizer`: `foreach`, `debug`
 ) -> StepOptimizer:
     "Adam with L2 regularization (Kingma and Ba, 2015), equal to `torch.optim.Adam`."
     return StepOptimizer(params, [flip, l2, adam, sgd], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize, **options)
 
-# %% ../nbs/11_adam.ipynb #2f5abb39
+# %% ../nbs/11_adam.ipynb #98ccc05d
 def AdamW(
     params, # parameters, or groups of them
     lr=1e-3, # learning rate: about how far a weight moves in a step, >= 0
@@ -58,12 +58,12 @@ def AdamW(
     amsgrad=False, # divide by the largest average of `g**2` so far
     *,
     maximize=False, # climb instead of descending
-    **options # for `StepOptimizer`, such as `debug`
+    **options # for `StepOptimizer`: `foreach`, `debug`
 ) -> StepOptimizer:
     "Adam with decoupled weight decay (Loshchilov and Hutter, 2019) by `lr*weight_decay`, equal to `torch.optim.AdamW`."
     return StepOptimizer(params, [flip, decay, adam, sgd], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize, **options)
 
-# %% ../nbs/11_adam.ipynb #eb6ec46a
+# %% ../nbs/11_adam.ipynb #d00af839
 def DecoupledAdamW(
     params, # parameters, or groups of them
     lr=1e-3, # learning rate, >= 0, and the rate that the decay is relative to
@@ -71,7 +71,7 @@ def DecoupledAdamW(
     eps=1e-8, # added to the root, >= 0
     weight_decay=1e-5, # share of a weight lost per step at the first `lr`, >= 0
     amsgrad=False, # divide by the largest average of `g**2` so far
-    **options # for `StepOptimizer`, such as `debug`
+    **options # for `StepOptimizer`: `foreach`, `debug`
 ) -> StepOptimizer:
     "Adam with weight decay by `weight_decay * lr/lr0`, equal to `composer.DecoupledAdamW`."
     return StepOptimizer(params, [decay_rel, adam, sgd], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, **options)

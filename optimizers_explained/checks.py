@@ -120,16 +120,21 @@ def check_group(
         elif close := get_close_matches(k, opt.defaults, cutoff=0.85): raise TypeError(f"{k}={v!r} in group {index}: did you mean {close[0]}?")
     return with_lr0({**opt.defaults, **param_group, 'params': params}, opt.steps)
 
-# %% ../nbs/09a_checks.ipynb #9511c5c0
+# %% ../nbs/09a_checks.ipynb #f0730e86
 def check_update(
     step, # the step that returned `d`
     d, # what it returned
     p:Tensor, # the parameter
 ) -> Tensor: # `d`
     "Raise a `TypeError` or `ValueError` with the step's name unless `d` is a tensor of the shape of `p`."
-    if getattr(d, 'shape', None) == p.shape: return d
-    if not hasattr(d, 'shape'): raise TypeError(f"step {name_of(step)} must return a tensor or None, got {type(d).__name__}")
-    raise ValueError(f"step {name_of(step)} must return an update of shape {tuple(p.shape)}, got {tuple(d.shape)}")
+    got, want = _shape(d), _shape(p)
+    if got == want: return d
+    if got is None: raise TypeError(f"step {name_of(step)} must return a tensor or None, got {type(d).__name__}")
+    raise ValueError(f"step {name_of(step)} must return an update of shape {want}, got {got}")
+
+def _shape(o): # of a tensor, or those of a list of tensors; None for anything else
+    if hasattr(o, 'shapes'): return [tuple(s) for s in o.shapes]
+    return tuple(o.shape) if isinstance(o, Tensor) else None
 
 class Checked:
     "A step that reports itself when it changes `g` in place: what `debug=True` wraps around every step."

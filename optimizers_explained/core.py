@@ -20,23 +20,25 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/core.html.md""
 # %% auto #0
 __all__ = ['StepOptimizer', 'flip', 'l2', 'decay', 'decay_rel', 'sgd', 'momentum', 'ema', 'lion']
 
-# %% ../nbs/09_core.ipynb #499db728
+# %% ../nbs/09_core.ipynb #3ad76ac5
 import torch
 from torch import Tensor
 from .checkpoint import prepare
 from .checks import Checked, check_dense, check_group, check_hypers, check_update, name_of, takes
+from .multi_tensor import buckets
 
-# %% ../nbs/09_core.ipynb #7d69b965
+# %% ../nbs/09_core.ipynb #7baa840f
 class StepOptimizer(torch.optim.Optimizer):
     "A `torch.optim.Optimizer` that is a list of steps, each a function `step(p, g, state, *, hyperparameters)` that returns a new update or `None`."
     def __init__(self,
         params, # parameters, named parameters, or groups of them
         steps, # the steps, in the order they run
         *,
+        foreach=None, # run the steps on lists of parameters instead of one by one; by default on CUDA only
         debug=False, # report a step that changes a gradient in place
         **hypers, # values for the keyword-only arguments of the steps; a `TypeError` if unknown or missing
     ):
-        self.steps = [Checked(f) for f in steps] if debug else list(steps)
+        self.steps, self.foreach = [Checked(f) for f in steps] if debug else list(steps), foreach
         defaults = check_hypers(self.steps, hypers)
         super().__init__(params if isinstance(params, Tensor) else list(params) or [dict(params=[])], defaults)
 
@@ -55,10 +57,10 @@ class StepOptimizer(torch.optim.Optimizer):
         return loss
 
     def run(self, group, params):
-        "Run the steps with the hyperparameters of `group` on `params`, one after the other."
+        "Run the steps with the hyperparameters of `group` on `params`, one by one or list by list."
         calls = [(f, {k: group[k] for k in takes(f)}) for f in self.steps]
-        for p in params:
-            g, state = p.grad, self.state[p]
+        lists = all(p.is_cuda for p in params) if self.foreach is None else self.foreach
+        for p, g, state in buckets(params, self.state) if lists else ((p, p.grad, self.state[p]) for p in params):
             for f, hypers in calls:
                 d = f(p, g, state, **hypers)
                 if d is not None: g = check_update(f, d, p)
@@ -73,11 +75,11 @@ class StepOptimizer(torch.optim.Optimizer):
         try: super().load_state_dict(state_dict)
         finally: hook.remove()
 
-    def __getstate__(self): return {**super().__getstate__(), 'steps': self.steps}
+    def __getstate__(self): return {**super().__getstate__(), 'steps': self.steps, 'foreach': self.foreach}
 
     def __repr__(self): return super().__repr__().replace('StepOptimizer', f"StepOptimizer [{', '.join(map(name_of, self.steps))}]", 1)
 
-# %% ../nbs/09_core.ipynb #6f5aecfb
+# %% ../nbs/09_core.ipynb #62d0be7a
 def flip(p, g, state, *, maximize=False):
     "Climb instead of descending: $-g$ if `maximize`."
     if maximize: return -g
@@ -90,7 +92,11 @@ def decay(p, g, state, *, lr, weight_decay=0.):
     "Decoupled decay by $\\gamma\\lambda$ (AdamW in torch, fastai): $\\theta \\leftarrow (1-\\gamma\\lambda)\\theta$."
     if weight_decay: p.mul_(1 - lr*weight_decay)
 
-def decay_rel(p, g, state, *, lr, lr0, weight_decay=0.):
+def decay_rel(p, g, state, *,
+    lr, # learning rate of this step
+    lr0, # the rate that the decay is relative to: the `lr` its group was added with
+    weight_decay=0., # share of a weight lost per step at `lr0`
+):
     "Decoupled decay by $\\lambda\\gamma/\\gamma_0$ (Composer; Loshchilov and Hutter, 2019): $\\theta \\leftarrow (1-\\lambda\\gamma/\\gamma_0)\\theta$."
     if weight_decay: p.mul_(1 - weight_decay*lr/lr0)
 

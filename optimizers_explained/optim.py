@@ -24,7 +24,7 @@ from .core import StepOptimizer, decay, decay_rel, flip, l2, lion, sgd
 
 _all_ = ['Adam', 'AdamW', 'DecoupledAdamW']
 
-# %% ../nbs/12_optim.ipynb #cdab1b52
+# %% ../nbs/12_optim.ipynb #63aaf8d6
 def _check_nesterov(nesterov, momentum, dampening):
     if nesterov and (not momentum or dampening):
         raise ValueError(f"nesterov needs a momentum > 0 and dampening 0, got momentum={momentum} and dampening={dampening}")
@@ -38,14 +38,14 @@ def SGD(
     nesterov=False, # step along `g + momentum*buffer`; a `ValueError` unless momentum > 0 and dampening is 0
     *,
     maximize=False, # climb instead of descending
-    **options # for `StepOptimizer`, such as `debug`
+    **options # for `StepOptimizer`: `foreach`, `debug`
 ) -> StepOptimizer:
     "SGD with L2 regularization, equal to `torch.optim.SGD`."
     _check_nesterov(nesterov, momentum, dampening)
     return StepOptimizer(params, [flip, l2, core.momentum, sgd], lr=lr, momentum=momentum, dampening=dampening,
                          weight_decay=weight_decay, nesterov=nesterov, maximize=maximize, **options)
 
-# %% ../nbs/12_optim.ipynb #5ce9b0bd
+# %% ../nbs/12_optim.ipynb #c6181f9d
 def SGDW(
     params, # parameters, or groups of them
     lr=1e-3, # learning rate, >= 0
@@ -55,14 +55,14 @@ def SGDW(
     nesterov=False, # step along `g + momentum*buffer`; a `ValueError` unless momentum > 0 and dampening is 0
     *,
     maximize=False, # climb instead of descending
-    **options # for `StepOptimizer`, such as `debug`
+    **options # for `StepOptimizer`: `foreach`, `debug`
 ) -> StepOptimizer:
     "SGD with decoupled weight decay by `lr*weight_decay` (Loshchilov and Hutter, 2019), equal to timm's `SGDW` and fastai's `SGD`."
     _check_nesterov(nesterov, momentum, dampening)
     return StepOptimizer(params, [flip, decay, core.momentum, sgd], lr=lr, momentum=momentum, dampening=dampening,
                          weight_decay=weight_decay, nesterov=nesterov, maximize=maximize, **options)
 
-# %% ../nbs/12_optim.ipynb #54a4d22e
+# %% ../nbs/12_optim.ipynb #c6d4cd0f
 def DecoupledSGDW(
     params, # parameters, or groups of them
     lr, # learning rate, >= 0; required, and the rate that the decay is relative to
@@ -70,14 +70,14 @@ def DecoupledSGDW(
     dampening=0, # the buffer takes in `(1-dampening)*g` from the second step on
     weight_decay=0, # share of a weight lost per step at the first `lr`, >= 0
     nesterov=False, # step along `g + momentum*buffer`; a `ValueError` unless momentum > 0 and dampening is 0
-    **options # for `StepOptimizer`, such as `debug`
+    **options # for `StepOptimizer`: `foreach`, `debug`
 ) -> StepOptimizer:
     "SGD with weight decay by `weight_decay * lr/lr0`, equal to `composer.DecoupledSGDW`."
     _check_nesterov(nesterov, momentum, dampening)
     return StepOptimizer(params, [decay_rel, core.momentum, sgd], lr=lr, momentum=momentum, dampening=dampening,
                          weight_decay=weight_decay, nesterov=nesterov, **options)
 
-# %% ../nbs/12_optim.ipynb #3c25a3f3
+# %% ../nbs/12_optim.ipynb #5ab3c9a4
 def Lion(
     params, # parameters, or groups of them
     lr=1e-4, # learning rate: how far each weight moves in a step, >= 0
@@ -85,7 +85,7 @@ def Lion(
     weight_decay=0., # each step takes `lr*weight_decay` off every weight, >= 0
     *,
     maximize=False, # climb instead of descending
-    **options # for `StepOptimizer`, such as `debug`
+    **options # for `StepOptimizer`: `foreach`, `debug`
 ) -> StepOptimizer:
     "Lion (Chen et al., 2023), equal to timm's `Lion`."
     return StepOptimizer(params, [flip, decay, lion, sgd], lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize, **options)

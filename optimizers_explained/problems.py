@@ -102,10 +102,12 @@ def max_diff(
     diffs = [(o.detach() - u.detach()).abs().max().double().cpu() for o, u in zip(a, b) if o.numel()]
     return torch.stack(diffs).max().item() if diffs else 0.
 
-# %% ../nbs/00_problems.ipynb #c9defb1d
+# %% ../nbs/00_problems.ipynb #f7e3c0d9
 class DiffTable(dict):
     "`{(name, name): largest absolute difference}`, shown as a table."
-    def __init__(self, runs): super().__init__({(a, b): max_diff(runs[a], runs[b]) for a in runs for b in runs})
+    def __init__(self,
+        runs:dict, # `{name: run}`, each run a tensor or a list of tensors
+    ): super().__init__({(a, b): max_diff(runs[a], runs[b]) for a in runs for b in runs})
     def __repr__(self): return '\n'.join(f'{a} | {b}: {self[a, b]:.1e}' for a, b in combinations(dict.fromkeys(a for a, _ in self), 2))
     def _repr_markdown_(self):
         names = list(dict.fromkeys(a for a, _ in self))

@@ -137,9 +137,15 @@ def plot_race(
     right.invert_yaxis()
     return fig
 
-# %% ../nbs/20_race.ipynb #a3324e02
+# %% ../nbs/20_race.ipynb #aa707ac2
 def check_settings(
-    epochs, lr, momentum, weight_decay, seed, device, out # as for `race`
+    epochs, # at least 1
+    lr, # finite and >= 0
+    momentum, # in [0, 1)
+    weight_decay, # >= 0, with `lr*weight_decay` below 1
+    seed, # from 0 to 2**63-1
+    device, # `None`, cpu, cuda or cuda:N
+    out, # a folder that exists or can be made, and written to
 ) -> Path: # the folder, which now exists
     "Raise a `ValueError` with one sentence for the first setting of `race` that cannot be used."
     if epochs < 1: raise ValueError(f"epochs must be at least 1, got {epochs}")
