@@ -29,13 +29,17 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-# %% ../nbs/09a_checks.ipynb #0ee0f9b1
+# %% ../nbs/09a_checks.ipynb #cb04c4b6
 @lru_cache(maxsize=1024)
 def takes(
     step, # a step: `step(p, g, state, *, ...)`
 ) -> dict: # `{name: default}`, with `inspect.Parameter.empty` where there is none
-    "The hyperparameters of a step: its keyword-only arguments."
-    return {k: v.default for k, v in inspect.signature(step).parameters.items() if v.kind == v.KEYWORD_ONLY}
+    "The hyperparameters of a step: its keyword-only arguments; a `TypeError` if it cannot be called with `p, g, state` before them."
+    signature = inspect.signature(step)
+    hypers = {k: v.default for k, v in signature.parameters.items() if v.kind == v.KEYWORD_ONLY}
+    try: signature.bind(None, None, None, **hypers)
+    except TypeError: raise TypeError(f"step {name_of(step)} must be a function of (p, g, state, *, hyperparameters), got {name_of(step)}{signature}") from None
+    return hypers
 
 # %% ../nbs/09a_checks.ipynb #6cb6c6aa
 NONNEGATIVE = 'lr', 'lr0', 'momentum', 'dampening', 'weight_decay', 'eps'

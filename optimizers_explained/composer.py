@@ -1,7 +1,7 @@
 """MosaicML Composer's two optimizers, rebuilt line by line, with the same numbers and five repairs.
 
-Weight decay that does not depend on the learning rate: set it once, then sweep the rate. That is what `DecoupledSGDW` and `DecoupledAdamW` of MosaicML Composer offer. Composer cannot be installed beside
-a current torch, so this module is also what its users need today. The ports give Composer's recorded numbers to 1e-12, and behave where Composer raises or trains something else.
+Weight decay that does not depend on the learning rate: set it once, then sweep the rate. That is what `DecoupledSGDW` and `DecoupledAdamW` of MosaicML Composer offer. Composer asks for torch below 2.7.1 and cannot be installed beside
+a current one, so this module is also what its users need today. The ports give Composer's recorded numbers to 1e-12, and behave where Composer raises or trains something else.
 
 ```python
 from optimizers_explained.composer import DecoupledSGDW

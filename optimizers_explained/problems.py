@@ -170,7 +170,7 @@ def default_device() -> torch.device: # `cuda` or `cpu`
     "The CUDA GPU if there is one, else the CPU."
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
-# %% ../nbs/00_problems.ipynb #4e67058c
+# %% ../nbs/00_problems.ipynb #d59eba5f
 def colab_link(
     page, # file name of a notebook in `nbs`, without `.ipynb`
 ):  # an IPython `Markdown`
@@ -181,7 +181,7 @@ def colab_link(
     return Markdown(f'[Open this page in Colab](https://colab.research.google.com/github/{repo}/blob/main/nbs/{page}.ipynb)')
 
 def versions(
-    *names, # distributions to name besides Python's torch
+    *names, # distributions to list besides torch
 ) -> dict: # `{name: version}`
     "Versions of torch and the named distributions, for the foot of a page."
     return {o: version(o) for o in ('torch', *names)}

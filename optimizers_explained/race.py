@@ -19,13 +19,8 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/race.html.md""
 __all__ = ['tolerance', 'l2_settings', 'contenders', 'run_race', 'disagreeing', 'race_table', 'plot_race', 'check_settings',
            'race', 'main']
 
-# %% ../nbs/20_race.ipynb #d2abdf39
-import json
-import math
-import os
-import sys
-import tempfile
-import time
+# %% ../nbs/20_race.ipynb #a4485367
+import json, math, os, sys, tempfile, time
 from pathlib import Path
 
 import torch
@@ -98,7 +93,7 @@ def run_race(
                          ms_per_step=sorted(opt.ms)[len(opt.ms)//2], history=history))
     return rows
 
-# %% ../nbs/20_race.ipynb #a1415537
+# %% ../nbs/20_race.ipynb #ff66152f
 tolerance = 1e-9 # largest difference of any weight, in float64
 
 def disagreeing(
@@ -109,11 +104,13 @@ def disagreeing(
 
 def race_table(
     rows:list, # from `run_race`
+    time=True, # with the median time of a step
 ) -> str: # Markdown, which also reads well in a terminal
     "Final loss, accuracy, largest weight difference from the first contender, and median time of a step."
-    head = f"| {'optimizer':16} | final loss | accuracy | max. difference | ms per step |\n|{'-'*18}|-----------:|---------:|----------------:|------------:|"
-    line = "| {name:16} | {final_loss:10.6f} | {accuracy:8.4f} | {max_diff:15.1e} | {ms_per_step:11.3f} |"
-    return '\n'.join([head, *(line.format(**r) for r in rows)])
+    head = f"| {'optimizer':16} | final loss | accuracy | max. difference |" + " ms per step |"*time
+    rule = f"|{'-'*18}|-----------:|---------:|----------------:|" + "------------:|"*time
+    line = "| {name:16} | {final_loss:10.6f} | {accuracy:8.4f} | {max_diff:15.1e} |" + " {ms_per_step:11.3f} |"*time
+    return '\n'.join([head, rule, *(line.format(**r) for r in rows)])
 
 # %% ../nbs/20_race.ipynb #39394bd7
 def plot_race(
