@@ -6,14 +6,14 @@ Modules:
 - `optimizers_explained.basic`: What one update changes, what a training loop adds, and a small SGD worth keeping.
 - `optimizers_explained.callback`: fastai's design, rebuilt: the optimizer keeps the books, and a list of small functions does the work.
 - `optimizers_explained.checkpoint`: What an optimizer saves, what goes wrong when it is loaded, and how to move between libraries without losing the momentum.
-- `optimizers_explained.checks`: What an optimizer refuses, before anything has changed, and how it says so.
+- `optimizers_explained.checks`: What an optimizer refuses, wherever it can before anything has changed, and how it says so.
 - `optimizers_explained.composer`: MosaicML Composer's two optimizers, rebuilt line by line, with the same numbers and five repairs.
 - `optimizers_explained.contract`: What must any torch optimizer do that nobody writes down?
 - `optimizers_explained.core`: An optimizer written as a list of tiny functions that is still a real `torch.optim.Optimizer`.
 - `optimizers_explained.groups`: Parameter groups on a real ResNet and a real ViT: weight decay, layer decay, discriminative rates, freezing, and timm's factory building our optimizers.
 - `optimizers_explained.judge`: A falling loss proves little. What does, in functions of a few lines.
-- `optimizers_explained.manners`: What a training loop expects of `step()`: gradients, groups, schedulers, hooks.
-- `optimizers_explained.multi_tensor`: The same steps on one tensor, or on a list of tensors at once, with the same bits.
+- `optimizers_explained.manners`: What a training loop expects of `step()`: gradients, groups, schedulers, scalers.
+- `optimizers_explained.multi_tensor`: The same steps on one tensor, or on a list of tensors at once.
 - `optimizers_explained.optim`: `from optimizers_explained import optim`: torch's names, argument names, order and defaults.
 - `optimizers_explained.problems`: Four small problems on which an optimizer shows what it does, and the tables and plots every page uses.
 - `optimizers_explained.race`: Four optimizers, one network, one set of batches: with the right translation they end at the same weights.

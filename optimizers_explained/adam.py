@@ -33,7 +33,7 @@ def adam(p, g, state, *, betas=(0.9, 0.999), eps=1e-8, amsgrad=False):
     if amsgrad: v = state['max_exp_avg_sq'] = torch.maximum(state.get('max_exp_avg_sq', v), v)
     return m/v.sqrt().div_((1 - betas[1]**t)**0.5).add_(eps).mul_(1 - betas[0]**t)
 
-# %% ../nbs/11_adam.ipynb #b2435f97
+# %% ../nbs/11_adam.ipynb #6fb4a329
 def Adam(
     params, # parameters, or groups of them
     lr=1e-3, # learning rate: about how far a weight moves in a step, >= 0
@@ -45,10 +45,10 @@ def Adam(
     maximize=False, # climb instead of descending
     **options # for `StepOptimizer`: `foreach`, `debug`
 ) -> StepOptimizer:
-    "Adam with L2 regularization (Kingma and Ba, 2015), equal to `torch.optim.Adam`."
+    "Adam with L2 regularization (Kingma and Ba, 2015), equal to `torch.optim.Adam` up to rounding."
     return StepOptimizer(params, [flip, l2, adam, sgd], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize, **options)
 
-# %% ../nbs/11_adam.ipynb #98ccc05d
+# %% ../nbs/11_adam.ipynb #5e923f41
 def AdamW(
     params, # parameters, or groups of them
     lr=1e-3, # learning rate: about how far a weight moves in a step, >= 0
@@ -60,7 +60,7 @@ def AdamW(
     maximize=False, # climb instead of descending
     **options # for `StepOptimizer`: `foreach`, `debug`
 ) -> StepOptimizer:
-    "Adam with decoupled weight decay (Loshchilov and Hutter, 2019) by `lr*weight_decay`, equal to `torch.optim.AdamW`."
+    "Adam with decoupled weight decay (Loshchilov and Hutter, 2019) by `lr*weight_decay`, equal to `torch.optim.AdamW` up to rounding."
     return StepOptimizer(params, [flip, decay, adam, sgd], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize, **options)
 
 # %% ../nbs/11_adam.ipynb #d00af839

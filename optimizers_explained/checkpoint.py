@@ -21,10 +21,11 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/checkpoints.ht
 # %% auto #0
 __all__ = ['STATE', 'check_groups', 'check_kind', 'prepare', 'convert_state']
 
-# %% ../nbs/13_checkpoints.ipynb #b41feb59
+# %% ../nbs/13_checkpoints.ipynb #720553d8
 import copy
 
 from torch import Tensor
+from .checks import name_of
 
 # %% ../nbs/13_checkpoints.ipynb #2cc77ebc
 STATE = dict(momentum={'momentum_buffer'}, adam={'step', 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq'}, ema={'exp_avg'}, lion={'exp_avg'},
@@ -52,17 +53,17 @@ def _check_shapes(where, p, state_dict, key, i, j):
     for k, shape in shapes.items():
         if shape != tuple(p.shape): raise ValueError(f"{where} has shape {tuple(p.shape)} here; in the checkpoint, {k} has shape {shape}")
 
-# %% ../nbs/13_checkpoints.ipynb #8b7276fc
+# %% ../nbs/13_checkpoints.ipynb #116a993d
 def check_kind(
     opt, # the `StepOptimizer` that is to load
     state_dict:dict, # what it is to load
 ):
     "Raise a `ValueError` if the checkpoint comes from another optimizer: other steps, hyperparameters or state."
-    names = opt.state_dict()['steps']
+    names = [name_of(f) for f in opt.steps]
     if state_dict.get('steps', names) != names: raise ValueError(f"the checkpoint was written by the steps {state_dict['steps']}, this optimizer has {names}")
     if 'steps' in state_dict: return
     for i, (s, g) in enumerate(zip(state_dict['param_groups'], opt.param_groups)):
-        missing = [k for k, v in opt.defaults.items() if k not in s and not isinstance(v, bool)]
+        missing = [k for k, v in opt.defaults.items() if k not in s and (k == 'amsgrad' or not isinstance(v, bool))]
         if missing: raise ValueError(f"group {i} of the checkpoint has no {missing[0]}, which this optimizer needs: it was written by another one")
         l2s = not s.get('decoupled_weight_decay', 'l2' not in names)
         if l2s != ('l2' in names): raise ValueError(f"weight decay is {'L2' if l2s else 'decoupled'} in the checkpoint and {'decoupled' if l2s else 'L2'} here (Adam against AdamW)")
@@ -88,19 +89,20 @@ def prepare(
 def _with_own_decay(own, saved):
     return saved if 'lr0' in saved or 'lr0' not in own else {**saved, 'lr0': own['lr0'], 'weight_decay': own['weight_decay']}
 
-# %% ../nbs/13_checkpoints.ipynb #5eea1f79
+# %% ../nbs/13_checkpoints.ipynb #8b1915ee
 def convert_state(
     state_dict:dict, # of a torch, Composer, fastai or `StepOptimizer` optimizer
     opt, # the optimizer that is to load it, of any of these
 ) -> dict: # for `opt.load_state_dict`
     "Turn a checkpoint into one that `opt` can load: state and rates are carried over, weight decay stays as `opt` has it."
     is_fastai = hasattr(opt, 'hypers')
+    saved, own = len(state_dict['hypers' if 'hypers' in state_dict else 'param_groups']), len(opt.hypers if is_fastai else opt.param_groups)
+    if saved != own: raise ValueError(f"the checkpoint has {saved} parameter groups, the optimizer {own}")
     if ('hypers' in state_dict) != is_fastai: return (_to_fastai if is_fastai else _from_fastai)(state_dict, opt)
     if is_fastai: return copy.deepcopy(state_dict)
     groups = [{**s, 'weight_decay': g['weight_decay']} for s, g in zip(state_dict['param_groups'], opt.param_groups)]
     for s, g in zip(groups, opt.param_groups):
-        lr0 = g.get('lr0', g.get('initial_lr'))
-        if lr0 is not None: s.update(lr0=s.get('lr0', lr0), initial_lr=s.get('lr0', lr0))
+        if 'lr0' in g: s.setdefault('lr0', g['lr0'])
     return {'state': copy.deepcopy(state_dict['state']), 'param_groups': groups}
 
 def _from_fastai(sd, opt):
@@ -111,6 +113,7 @@ def _from_fastai(sd, opt):
         if 'betas' in own: new['betas'] = (h.get('mom', own['betas'][0]), h.get('sqr_mom', own['betas'][1]))
         elif 'mom' in h and 'momentum' in own: new['momentum'] = h['mom']
         groups.append({**new, 'params': list(range(n, n := n + len(own['params'])))})
+    if n != len(sd['state']): raise ValueError(f"the checkpoint has {len(sd['state'])} parameters, the optimizer {n}")
     return {'state': {i: _rename(s) for i, s in enumerate(sd['state']) if _rename(s)}, 'param_groups': groups}
 
 def _rename(s):

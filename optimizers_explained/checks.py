@@ -1,4 +1,4 @@
-"""What an optimizer refuses, before anything has changed, and how it says so.
+"""What an optimizer refuses, wherever it can before anything has changed, and how it says so.
 
 A typo in a hyperparameter that nobody notices costs a training run. [`StepOptimizer`](09_core.ipynb) therefore asks a few functions before it believes anything. Each raises one sentence: which argument, which value,
 what would be accepted. They stand here, beside the optimizer, so that the optimizer itself stays short.
@@ -29,7 +29,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-# %% ../nbs/09a_checks.ipynb #cb04c4b6
+# %% ../nbs/09a_checks.ipynb #94c4eb65
 @lru_cache(maxsize=1024)
 def takes(
     step, # a step: `step(p, g, state, *, ...)`
@@ -37,11 +37,13 @@ def takes(
     "The hyperparameters of a step: its keyword-only arguments; a `TypeError` if it cannot be called with `p, g, state` before them."
     signature = inspect.signature(step)
     hypers = {k: v.default for k, v in signature.parameters.items() if v.kind == v.KEYWORD_ONLY}
+    if late := [k for k, v in list(signature.parameters.items())[3:] if v.kind == v.POSITIONAL_OR_KEYWORD]:
+        raise TypeError(f"step {name_of(step)} must take {late[0]} by keyword only: put a * before it")
     try: signature.bind(None, None, None, **hypers)
     except TypeError: raise TypeError(f"step {name_of(step)} must be a function of (p, g, state, *, hyperparameters), got {name_of(step)}{signature}") from None
     return hypers
 
-# %% ../nbs/09a_checks.ipynb #6cb6c6aa
+# %% ../nbs/09a_checks.ipynb #8c193f77
 NONNEGATIVE = 'lr', 'lr0', 'momentum', 'dampening', 'weight_decay', 'eps'
 
 def check_value(
@@ -50,13 +52,13 @@ def check_value(
 ):
     "Raise a `ValueError` (a `TypeError` for something that is no number) if `value` cannot be the hyperparameter `name`."
     if name == 'betas':
-        if not all(isinstance(b, Real) and 0 <= b < 1 for b in value): raise ValueError(f"betas must be numbers in [0, 1), got {value!r}")
+        if not isinstance(value, (tuple, list)) or not all(isinstance(b, Real) and 0 <= b < 1 for b in value): raise ValueError(f"betas must be numbers in [0, 1), got {value!r}")
     elif name in NONNEGATIVE:
         if not isinstance(value, Real): raise TypeError(f"{name} must be a Python number >= 0, got {value!r}")
         if not 0 <= value < math.inf: raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
     elif isinstance(value, float) and math.isnan(value): raise ValueError(f"{name} must be a number, got {value!r}")
 
-# %% ../nbs/09a_checks.ipynb #3e18bb50
+# %% ../nbs/09a_checks.ipynb #2448649e
 def check_hypers(
     steps, # the steps, in order
     hypers:dict, # what the caller gave
@@ -77,7 +79,7 @@ def name_of(
     step, # a function, or a `functools.partial` of one
 ) -> str:
     "The name a step goes by in messages and checkpoints."
-    return getattr(step, '__name__', None) or name_of(step.func)      # Checked has a func too
+    return getattr(step, '__name__', None) or (name_of(step.func) if hasattr(step, 'func') else type(step).__name__)      # Checked has a func too
 
 # %% ../nbs/09a_checks.ipynb #ffacc688
 def check_params(
@@ -97,7 +99,7 @@ def check_params(
         if p in others: raise ValueError(f"{where} (shape {tuple(p.shape)}) is in another group already: a parameter belongs to one group")
     return params
 
-# %% ../nbs/09a_checks.ipynb #ccd53e02
+# %% ../nbs/09a_checks.ipynb #9ac40572
 def with_lr0(
     group:dict, # a parameter group with all its hyperparameters
     steps, # the steps of its optimizer
@@ -105,7 +107,7 @@ def with_lr0(
     "Remember the `lr` of a new group as `lr0`; a `ValueError` if that is 0 and there is a decay relative to it."
     if not any('lr0' in takes(f) for f in steps): return group
     group = {'lr0': group['lr'], **group}
-    if group['weight_decay'] and not group['lr0']:
+    if group.get('weight_decay') and not group['lr0']:
         raise ValueError(f"weight_decay={group['weight_decay']} is relative to lr0, got lr0=0: pass the peak lr, or lr0=...")
     return group
 

@@ -1,7 +1,7 @@
 """An optimizer written as a list of tiny functions that is still a real `torch.optim.Optimizer`.
 
 Three designs stand side by side by now. fastai's is the shortest to extend, torch's is the one every scheduler and checkpoint understands, Composer's says best what its decay means.
-This page joins them: `StepOptimizer` takes a list of small functions and is a real `torch.optim.Optimizer`. A new optimizer is a function of three to five lines.
+This page joins them: `StepOptimizer` takes a list of small functions and is a real `torch.optim.Optimizer`. A new optimizer is often one new function of a few lines.
 
 ```python
 import torch
@@ -27,7 +27,7 @@ from .checkpoint import prepare
 from .checks import Checked, check_dense, check_group, check_hypers, check_update, name_of, takes
 from .multi_tensor import buckets
 
-# %% ../nbs/09_core.ipynb #7baa840f
+# %% ../nbs/09_core.ipynb #9285eeda
 class StepOptimizer(torch.optim.Optimizer):
     "A `torch.optim.Optimizer` that is a list of steps, each a function `step(p, g, state, *, hyperparameters)` that returns a new update or `None`."
     def __init__(self,
@@ -77,7 +77,7 @@ class StepOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self): return {**super().__getstate__(), 'steps': self.steps, 'foreach': self.foreach}
 
-    def __repr__(self): return super().__repr__().replace('StepOptimizer', f"StepOptimizer [{', '.join(map(name_of, self.steps))}]", 1)
+    def __repr__(self): return super().__repr__().replace(' (', f" [{', '.join(map(name_of, self.steps))}] (", 1)
 
 # %% ../nbs/09_core.ipynb #62d0be7a
 def flip(p, g, state, *, maximize=False):

@@ -5,12 +5,9 @@ kind of tensor. [Manners](13b_manners.ipynb) and [the contract](14_contract.ipyn
 
 ```python
 import torch
-from functools import partial
-from optimizers_explained.judge import has_the_reference_numbers
-from optimizers_explained import optim
+from optimizers_explained import judge, optim
 
-kw = dict(lr=0.05, momentum=0.9, nesterov=True)
-has_the_reference_numbers(partial(optim.SGD, **kw), partial(torch.optim.SGD, **kw))      # raises if they differ by more than 1e-12
+judge.has_the_reference_numbers(optim.SGD, torch.optim.SGD)      # raises if they differ by more than 1e-12
 ```
 
 Docs: https://optimizers-explained.github.io/optimizers_explained/judge.html.md"""
@@ -141,20 +138,18 @@ def has_the_reference_numbers(make, reference):
     for name, factor in {'at constant lr': lambda t: 1., 'under warm-up and cosine': warm_up_cosine}.items():
         agree(_scheduled(make, factor), _scheduled(reference, factor), f"50 steps {name}")
 
-# %% ../nbs/13a_judge.ipynb #a16d8281
+# %% ../nbs/13a_judge.ipynb #112f12c7
 class Naive(torch.optim.Optimizer):
     "Gradient descent as one writes it in an afternoon: it has what it inherits, and no more."
     def __init__(self,
         params, # parameters, or groups of them
-        lr=0.1, # learning rate
+        lr=0.1 # learning rate
     ): super().__init__(params, dict(lr=lr))
-
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for p in group['params']:
                 if p.grad is not None: self.move(p, p.grad, self.state[p], **group)
-
     def move(self, p, g, state, *, lr, **_): p.add_(g, alpha=-lr)
 
 def broken(
@@ -163,7 +158,7 @@ def broken(
     "`Naive` with another update; a decorator."
     return type(move.__name__, (Naive,), dict(move=lambda self, *args, **kwargs: move(*args, **kwargs)))
 
-# %% ../nbs/13a_judge.ipynb #a9e5c332
+# %% ../nbs/13a_judge.ipynb #759f757f
 @row
 def keeps_low_precision(make):
     "bfloat16 and float16 parameters move, stay finite and stay in their dtype."
@@ -173,6 +168,7 @@ def keeps_low_precision(make):
         assert all(p.dtype is dtype for p in ps), f"{dtype} became {ps[0].dtype}"
         assert 0 < max_diff(ps, leaves(dtype=dtype)) < 100, f"{dtype} parameters do not move, or to infinity"
 
+# %% ../nbs/13a_judge.ipynb #f85a0d08
 @row
 def treats_complex_as_pairs_or_refuses(make):
     "A complex parameter runs like its real and imaginary parts, or is refused by name."
@@ -187,6 +183,7 @@ def treats_complex_as_pairs_or_refuses(make):
     except Exception: return refused(['complex'], lambda: run(make([z]), make([p])))
     agree([torch.view_as_real(z)], [p], "a complex parameter and its pairs")
 
+# %% ../nbs/13a_judge.ipynb #b444df96
 @row
 def handles_or_refuses_sparse_gradients(make):
     "A sparse gradient counts like the same in dense form, or is refused by name before anything has moved."

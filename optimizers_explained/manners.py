@@ -1,4 +1,4 @@
-"""What a training loop expects of `step()`: gradients, groups, schedulers, hooks.
+"""What a training loop expects of `step()`: gradients, groups, schedulers, scalers.
 
 A training loop does more than call `step`. It logs gradients, freezes layers, adds groups, lets a scheduler write into them, clips, scales, skips. Each of these works only if the optimizer keeps a promise that stands in no signature.
 Here they stand, as functions that raise when the promise is broken, each beside an optimizer that breaks it.
@@ -6,9 +6,8 @@ Here they stand, as functions that raise when the promise is broken, each beside
 ```python
 import torch
 from functools import partial
-from optimizers_explained.manners import follows_every_scheduler, leaves_gradients_alone
+from optimizers_explained.manners import leaves_gradients_alone
 
-follows_every_scheduler(partial(torch.optim.AdamW, lr=0.01))
 leaves_gradients_alone(partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, foreach=False))     # raises with foreach=True
 ```
 
@@ -18,8 +17,8 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/manners.html.m
 
 # %% auto #0
 __all__ = ['CHANGED', 'SCHEDULERS', 'leaves_gradients_alone', 'skips_missing_gradients', 'lets_frozen_parameters_rest',
-           'rests_at_lr_0', 'treats_each_parameter_alone', 'keeps_groups_apart', 'takes_new_groups', 'takes_names',
-           'steps_tied_weights_once', 'follows_every_scheduler', 'runs_closures', 'runs_hooks', 'clears_gradients',
+           'rests_at_lr_0', 'treats_each_parameter_alone', 'keeps_groups_apart', 'takes_new_groups',
+           'steps_tied_weights_once', 'follows_every_scheduler', 'runs_closures', 'clears_gradients',
            'obeys_the_grad_scaler', 'takes_accumulated_and_clipped_gradients']
 
 # %% ../nbs/13b_manners.ipynb #e0ec3b41
@@ -32,7 +31,7 @@ from torch.optim import lr_scheduler as L
 from .judge import agree, feed, leaves, refused, row, same, train, trained, twins
 from .problems import max_diff
 
-# %% ../nbs/13b_manners.ipynb #3b307b45
+# %% ../nbs/13b_manners.ipynb #84b2bb74
 @row
 def leaves_gradients_alone(make):
     "After `step`, `p.grad` is the same tensor with the same bits, and stays so during later steps."
@@ -44,6 +43,7 @@ def leaves_gradients_alone(make):
         assert all(p.grad is g for p, (g, _) in zip(ps, kept[-len(ps):])), f"p.grad is another tensor after step {t + 1}"
         assert all(same(g, bits) for g, bits in kept), f"p.grad has changed after step {t + 1}"
 
+# %% ../nbs/13b_manners.ipynb #6eccaa16
 @row
 def skips_missing_gradients(make):
     "A parameter without a gradient keeps every bit, and so does its state, before its first gradient and after."
@@ -55,6 +55,7 @@ def skips_missing_gradients(make):
         assert same(opt.state.get(b, {}), before[1]), "the state of a parameter without a gradient changed"
         train(opt, [a, b])
 
+# %% ../nbs/13b_manners.ipynb #cea4c4ce
 @row
 def lets_frozen_parameters_rest(make):
     "A parameter frozen in the middle of training, its gradient cleared by `zero_grad`, stays where it is."
@@ -64,6 +65,7 @@ def lets_frozen_parameters_rest(make):
     train(opt, [a])
     assert same(b, before), "it moved"
 
+# %% ../nbs/13b_manners.ipynb #e77693ff
 @row
 def rests_at_lr_0(make):
     "When a schedule reaches `lr=0`, no parameter changes."
@@ -83,7 +85,7 @@ def treats_each_parameter_alone(make):
     for i, q in enumerate(qs): train(make([q]), [q], range(8), first=i, missing=missing)
     agree(ps, qs, "together and alone")
 
-# %% ../nbs/13b_manners.ipynb #ff166b81
+# %% ../nbs/13b_manners.ipynb #817e33c1
 CHANGED = dict(lr=lambda v: v/3, momentum=lambda v: v/2 or 0.5, weight_decay=lambda v: v/2 + 0.01, betas=lambda v: (v[0]/2, v[1]/2), eps=lambda v: 10*v)
 
 @row
@@ -97,6 +99,7 @@ def keeps_groups_apart(make):
         assert max_diff([b], [trained(make)[1][1]]) > 0, f"{k}={v} in a group makes no difference"
         agree([a, b], [c, d], f"a group with {k}={v} of its own, and an optimizer with it")
 
+# %% ../nbs/13b_manners.ipynb #62985f81
 @row
 def takes_new_groups(make):
     "A group added before the first step or in the middle, under a scheduler, trains as in an optimizer of its own."
@@ -112,14 +115,7 @@ def takes_new_groups(make):
             sched.step()
         agree([a, b], [c, d], f"a group added after {when} steps, and an optimizer of its own")
 
-@row
-def takes_names(make):
-    "Named parameters train like others, and their names are in the checkpoint (torch 2.6 and later)."
-    (a, b), qs = leaves(), leaves()
-    opt = make([('a', a), ('b', b)])
-    agree(train(opt, [a, b]), train(make(qs), qs), "parameters with and without names")
-    assert opt.state_dict()['param_groups'][0].get('param_names') == ['a', 'b'], "the checkpoint does not have the names"
-
+# %% ../nbs/13b_manners.ipynb #06012c43
 @row
 def steps_tied_weights_once(make):
     "A weight shared by two layers, and listed with both, is refused by name or moves once."
@@ -128,7 +124,7 @@ def steps_tied_weights_once(make):
     except Exception: return refused(['params'], make, [p, p])
     agree(train(opt, [p]), train(make([q]), [q]), "a weight listed twice and once")
 
-# %% ../nbs/13b_manners.ipynb #93c54ebd
+# %% ../nbs/13b_manners.ipynb #c85b80be
 def _cycles(opt): return dict(cycle_momentum='momentum' in opt.defaults or 'betas' in opt.defaults)
 
 SCHEDULERS = dict(
@@ -140,6 +136,7 @@ SCHEDULERS = dict(
     ChainedScheduler=lambda o: L.ChainedScheduler([L.LinearLR(o), L.ExponentialLR(o, 0.9)]), ReduceLROnPlateau=lambda o: L.ReduceLROnPlateau(o, patience=1),
     CyclicLR=lambda o: L.CyclicLR(o, 0.01, 0.1, step_size_up=3, **_cycles(o)), OneCycleLR=lambda o: L.OneCycleLR(o, 0.1, total_steps=12, **_cycles(o)))
 
+# %% ../nbs/13b_manners.ipynb #e9e55b9a
 def _under(schedule, make, set_to=None): # the parameters after ten steps, and the hypers of each step
     ps, seen = leaves(), []
     opt = make(ps)
@@ -162,7 +159,7 @@ def follows_every_scheduler(make):
         agree(ps, _under(SCHEDULERS['LambdaLR'], make, seen)[0], f"{name}, and the same values set by hand")
         assert max_diff(ps, constant) > 0, f"{name} makes no difference"
 
-# %% ../nbs/13b_manners.ipynb #1d4d6da5
+# %% ../nbs/13b_manners.ipynb #358b458e
 @row
 def runs_closures(make):
     "`step(closure)` computes gradients and returns the loss."
@@ -174,19 +171,7 @@ def runs_closures(make):
         assert same(opt.step(lambda: loss_of(opt, p)), want), "step does not return the loss of the closure"
     assert same(p, q), "a step with a closure is another step"
 
-@row
-def runs_hooks(make):
-    "Hooks before and after `step`, `state_dict` and `load_state_dict` run once, in order, and what a hook before loading returns is loaded."
-    (opt, ps), seen = trained(make, []), []
-    hooks = [f'{f}_{when}' for f in ('step', 'state_dict', 'load_state_dict') for when in ('pre', 'post')]
-    for h in hooks: getattr(opt, f'register_{h}_hook')(lambda *args, h=h: seen.append(h))
-    train(opt, ps, [0])
-    opt.load_state_dict(opt.state_dict())
-    assert seen == hooks, f"hooks ran as {seen}"
-    opt.register_load_state_dict_pre_hook(lambda opt, sd: {**sd, 'param_groups': [{**g, 'lr': 0.125} for g in sd['param_groups']]})
-    opt.load_state_dict(opt.state_dict())
-    assert opt.param_groups[0]['lr'] == 0.125, "what the hook returned was not loaded"
-
+# %% ../nbs/13b_manners.ipynb #c60c5d7e
 @row
 def clears_gradients(make):
     "`zero_grad()` leaves `None`, `zero_grad(set_to_none=False)` leaves zeros."
@@ -196,6 +181,7 @@ def clears_gradients(make):
     opt.zero_grad()
     assert all(p.grad is None for p in ps), "zero_grad() leaves gradients"
 
+# %% ../nbs/13b_manners.ipynb #3d386608
 @row
 def obeys_the_grad_scaler(make):
     "Under a `GradScaler` a step is the unscaled one, and an infinite gradient skips it."
@@ -210,6 +196,7 @@ def obeys_the_grad_scaler(make):
     assert scaler.get_scale() == 512, "the scale was not halved"
     agree(ps, qs, "steps under a GradScaler and without", tol=0.)
 
+# %% ../nbs/13b_manners.ipynb #818a8419
 @row
 def takes_accumulated_and_clipped_gradients(make):
     "After two `backward` calls and `clip_grad_norm_`, the step takes the clipped sum."

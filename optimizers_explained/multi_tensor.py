@@ -1,7 +1,7 @@
-"""The same steps on one tensor, or on a list of tensors at once, with the same bits.
+"""The same steps on one tensor, or on a list of tensors at once.
 
 A GPU finishes the arithmetic of a small tensor sooner than Python can ask for the next one. torch's answer is `foreach`: one call that works on a whole list. This page gives the steps of
-[`StepOptimizer`](09_core.ipynb) a *list of tensors that behaves like one tensor*, so that a step written for one runs on all, unchanged, and with the same numbers to the last bit.
+[`StepOptimizer`](09_core.ipynb) a *list of tensors that behaves like one tensor*, so that a step written for one runs on all, unchanged, or says why it cannot. On a CPU, the numbers are the same to the last bit.
 
 ```python
 import torch
@@ -20,20 +20,21 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/backends.html.
 # %% auto #0
 __all__ = ['TensorList', 'each', 'together', 'bucket_key', 'buckets']
 
-# %% ../nbs/10_backends.ipynb #a0734105
+# %% ../nbs/10_backends.ipynb #a4110e1c
+import copy
 import operator
 
 import torch
 from torch import Tensor
 
-# %% ../nbs/10_backends.ipynb #871ba1fe
+# %% ../nbs/10_backends.ipynb #4365bd0d
 class TensorList:
     "Tensors that answer together: methods, operators and torch functions act on all, through `torch._foreach_*` where it exists."
     def __init__(self,
         tensors # an iterable of tensors
     ): self.tensors = list(tensors)
     def __iter__(self): return iter(self.tensors)
-    def __len__(self): return len(self.tensors)
+    def __len__(self): raise TypeError("a step asks for the length of a tensor, and a list of tensors has many: pass foreach=False")
     def __repr__(self): return f'TensorList({self.tensors})'
 
     @property
@@ -44,6 +45,7 @@ class TensorList:
 
     def __getattr__(self, name):
         first = getattr(self.tensors[0], name)
+        if isinstance(first, Tensor): return TensorList(getattr(t, name) for t in self)
         if callable(first): return lambda *args, **kwargs: together(name, getattr(Tensor, name), (self, *args), kwargs)
         if all(getattr(t, name) == first for t in self): return first
         raise AttributeError(f"a step reads .{name}, which differs between the tensors of a list: pass foreach=False")
@@ -57,7 +59,8 @@ def each(
     kwargs:dict, # the same, by name
 ): # a `TensorList` if the results are tensors
     "Call `func` on the tensors one after the other."
-    n = next(len(a) for a in (*args, *kwargs.values()) if isinstance(a, TensorList))
+    n = next((len(a.tensors) for a in (*args, *kwargs.values()) if isinstance(a, TensorList)), None)
+    if n is None: raise TypeError(f"{func.__name__} joins tensors, which a list of them cannot answer one by one: pass foreach=False")
     pick = lambda a, i: a.tensors[i] if isinstance(a, TensorList) else a
     out = [func(*(pick(a, i) for a in args), **{k: pick(v, i) for k, v in kwargs.items()}) for i in range(n)]
     return TensorList(out) if isinstance(out[0], Tensor) else _same(out, func)
@@ -73,15 +76,21 @@ def together(
     kwargs:dict, # the same, by name
 ): # a `TensorList`; the first argument itself for an in-place operation
     "Do one operation on all tensors: with `torch._foreach_{name}` if that exists and takes these arguments, else one by one."
-    fast = getattr(torch, f'_foreach_{name}', None)
-    plain = lambda a: a.tensors if isinstance(a, TensorList) else a
-    out = NotImplemented
-    if fast and isinstance(args[0], TensorList):
+    in_place, is_list = name.endswith('_') and not name.startswith('__'), isinstance(args[0], TensorList)
+    if in_place and not is_list: raise TypeError(f"a step changes one tensor by a list of tensors in {name}: pass foreach=False")
+    fast, out = getattr(torch, f'_foreach_{name}', None), NotImplemented
+    if fast and is_list and _takes_lists(args):
+        plain = lambda a: a.tensors if isinstance(a, TensorList) else a
         try: out = fast(*map(plain, args), **{k: plain(v) for k, v in kwargs.items()})
         except TypeError: pass                              # it exists, but not for these arguments
     if out is NotImplemented: out = each(func, args, kwargs)
-    if name.endswith('_') and not name.startswith('__'): return args[0]
+    if in_place: return args[0]
     return TensorList(out) if isinstance(out, (list, tuple)) else out
+
+def _takes_lists(args): # torch's list kernels round numbers to half precision on a CPU, and want no other tensors beside lists
+    first = args[0].tensors[0]
+    half = first.device.type == 'cpu' and first.dtype in (torch.bfloat16, torch.float16)
+    return not half and not any(isinstance(a, Tensor) and a.ndim for a in args)
 
 def _operator(name, reverse=False):
     op = getattr(operator, name)
@@ -91,16 +100,17 @@ def _operator(name, reverse=False):
 for _name in ('add', 'sub', 'mul', 'truediv', 'pow'):
     setattr(TensorList, f'__{_name}__', _operator(_name))
     setattr(TensorList, f'__r{_name}__', _operator(_name, reverse=True))
+    setattr(TensorList, f'__i{_name}__', lambda self, other, n=_name.replace('true', '') + '_': together(n, getattr(Tensor, n), (self, other), {}))
 for _name in ('neg', 'abs'): setattr(TensorList, f'__{_name}__', _operator(_name))
 for _name in ('lt', 'le', 'gt', 'ge', 'eq', 'ne'): setattr(TensorList, f'__{_name}__', lambda self, other, op=getattr(operator, _name): each(op, (self, other), {}))
 
-# %% ../nbs/10_backends.ipynb #a1298758
+# %% ../nbs/10_backends.ipynb #7cf7d403
 def bucket_key(
     p:Tensor, # a parameter
     state:dict, # its state
 ) -> tuple: # equal for parameters that can be stepped as one list
     "What must be equal within a list: device, dtype, dimensions, the names in the state and the numbers among them."
-    return (p.device, p.dtype, p.ndim, *((k, None if isinstance(v, Tensor) else v) for k, v in sorted(state.items())))
+    return (p.device, p.dtype, p.ndim, *((k, Tensor if isinstance(v, Tensor) else v) for k, v in sorted(state.items())))
 
 def buckets(
     params, # parameters with gradients, all of one group
@@ -120,5 +130,5 @@ def buckets(
             if v is not before.get(k, state): _spread(olds, k, v)
 
 def _spread(olds, k, v):
-    values = v.tensors if isinstance(v, TensorList) else [v]*len(olds)
+    values = v.tensors if isinstance(v, TensorList) else [v, *(copy.deepcopy(v) for _ in olds[1:])]     # to each its own
     for s, value in zip(olds, values): s[k] = value

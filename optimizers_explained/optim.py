@@ -1,7 +1,7 @@
 """`from optimizers_explained import optim`: torch's names, argument names, order and defaults.
 
 The optimizers of this library under the names you already type. Each is a list of steps from `core` and a signature; where torch has the optimizer, the signature is torch's, so that `torch.optim.SGD(...)` becomes
-`optim.SGD(...)` and nothing else changes. What comes back is a `StepOptimizer`, a real `torch.optim.Optimizer`.
+`optim.SGD(...)` and nothing else changes, unless you passed `fused`, `capturable`, `differentiable` or a tensor as `lr`. What comes back is a `StepOptimizer`, a real `torch.optim.Optimizer`.
 
 ```python
 from optimizers_explained import optim

@@ -147,7 +147,7 @@ def follow(
         path.append(torch.cat([p.detach().flatten() for p in ps]))
     return torch.stack(path)
 
-# %% ../nbs/08_rosetta.ipynb #bd855ed8
+# %% ../nbs/08_rosetta.ipynb #9fa0f171
 _switches = dict(decouple_wd='lr', decoupled_weight_decay='lr', decoupled_decay='lr', decouple_lr='rel')
 _neutral = dict(nesterov=False, maximize=False, amsgrad=False, caution=False, max_grad_norm=None, clipping_threshold=None, trust_clip=False,
                 bias_correction=True, grad_averaging=True)
@@ -171,7 +171,7 @@ def canonical(
     h = arguments(name, hypers)
     kind = _meaning(name, h)
     c = {**_neutral, 'momentum': h.get('mom'), 'weight_decay': h.get('wd'), 'dampening': 0., **h, 'family': optimizers[name][0], 'decay': kind, 'style': kind}
-    if 'sqr_mom' in h: c['betas'] = h['mom'], h['sqr_mom']
+    if 'sqr_mom' in h: c.update(betas=(h['mom'], h['sqr_mom']), momentum=None)
     if kind == 'rel': c.update(decay='lr', weight_decay=c['weight_decay']/(h.get('max_lr') or initial_lr or h['lr']))
     if name == 'optimi.SGD':
         zero, tau = h['dampening'] and not h['torch_init'], c['momentum']*h['dampening']
