@@ -20,14 +20,13 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/core.html.md""
 # %% auto #0
 __all__ = ['StepOptimizer', 'flip', 'l2', 'decay', 'decay_rel', 'sgd', 'momentum', 'ema', 'lion']
 
-# %% ../nbs/09_core.ipynb #3ad76ac5
+# %% ../nbs/09_core.ipynb #8d4cc81d
 import torch
-from torch import Tensor
 from .checkpoint import prepare
-from .checks import Checked, check_dense, check_group, check_hypers, check_update, name_of, takes
+from .checks import Checked, as_list, check_dense, check_group, check_hypers, check_update, name_of, takes
 from .multi_tensor import buckets
 
-# %% ../nbs/09_core.ipynb #9285eeda
+# %% ../nbs/09_core.ipynb #b2cdb16d
 class StepOptimizer(torch.optim.Optimizer):
     "A `torch.optim.Optimizer` that is a list of steps, each a function `step(p, g, state, *, hyperparameters)` that returns a new update or `None`."
     def __init__(self,
@@ -40,7 +39,7 @@ class StepOptimizer(torch.optim.Optimizer):
     ):
         self.steps, self.foreach = [Checked(f) for f in steps] if debug else list(steps), foreach
         defaults = check_hypers(self.steps, hypers)
-        super().__init__(params if isinstance(params, Tensor) else list(params) or [dict(params=[])], defaults)
+        super().__init__(as_list(params), defaults)
 
     def add_param_group(self, param_group):
         "Add parameters, with hyperparameters of their own where they differ."
@@ -76,6 +75,7 @@ class StepOptimizer(torch.optim.Optimizer):
         finally: hook.remove()
 
     def __getstate__(self): return {**super().__getstate__(), 'steps': self.steps, 'foreach': self.foreach}
+    def __setstate__(self, state): super().__setstate__(state); self.defaults.pop('differentiable', None)      # torch's, of no step
 
     def __repr__(self): return super().__repr__().replace(' (', f" [{', '.join(map(name_of, self.steps))}] (", 1)
 
