@@ -20,14 +20,14 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/rosetta.html.m
 __all__ = ['optimizers', 'schedules', 'constructor', 'arguments', 'lr_factors', 'follow', 'canonical', 'Translation', 'translate',
            'copied', 'main']
 
-# %% ../nbs/08_rosetta.ipynb #3011b5b5
+# %% ../nbs/08_rosetta.ipynb #ddd42a96
 import argparse
 import importlib
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 from torch.optim import lr_scheduler
@@ -243,7 +243,7 @@ def _cap(c, src, dst, trust_ratio=None):
     return c, 'none' if trust_ratio and trust_ratio > 10 else '', 'fastai.Lamb caps the trust ratio at 10, timm.Lamb does not' + \
         ('' if trust_ratio else ', so this holds while no tensor has more than 10 times the norm of its update')
 
-# %% ../nbs/08_rosetta.ipynb #8146c8f7
+# %% ../nbs/08_rosetta.ipynb #b0c25c31
 _context = dict(initial_lr="what Composer's decay is relative to, if not lr (under OneCycleLR: max_lr/25)", trust_ratio='the largest that a Lamb run meets')
 _quiet = 'maximize', 'amsgrad', 'caution', 'corrected_weight_decay', 'clipping_threshold', 'decoupled_weight_decay', 'trust_clip'
 
@@ -262,8 +262,7 @@ def _written(c, dst, ratio):
     if type(args.get('dampening')) is bool: v['dampening'] = v['torch_init'] = bool(c['dampening'])
     return _said(dst, v)
 
-@dataclass(frozen=True)
-class Translation:
+class Translation(NamedTuple):
     "What `translate` found."
     args: dict # arguments for the destination: the same run, or the closest setting if `holds` is 'none'; empty if there is no such setting
     holds: str # 'any schedule' (of the learning rate), 'constant lr' or 'none'
@@ -289,10 +288,10 @@ def translate(
         if c is None: break
     holds = next(o for o in ('none', 'constant lr', 'any schedule') if o in dict(found))
     why = '; '.join(w for o, w in found if w and o == holds) or 'Both compute the same update'
-    if c and c['weight_decay'] and 'composer.' in src + dst and not initial_lr: why += '; lr0 is the lr at construction, unless OneCycleLR moves it in Composer itself (then give initial_lr)'
+    if holds == 'any schedule' and c['weight_decay'] and 'composer.' in src + dst and not initial_lr: why += '; lr0 is the lr at construction, unless OneCycleLR moves it in Composer itself (then give initial_lr)'
     return Translation(_written(c, dst, (initial_lr or h['lr'])/h['lr']) if c else {}, holds, why + '.')
 
-# %% ../nbs/08_rosetta.ipynb #9e665e7a
+# %% ../nbs/08_rosetta.ipynb #7902b21d
 def copied(
     hypers:dict, # arguments of the source
     src, # a key of `optimizers`
@@ -304,9 +303,9 @@ def copied(
     betas = h.get('betas') or (mom, h.get('sqr_mom', 0.99))
     values = {**h, 'weight_decay': wd, 'wd': wd, 'betas': betas, 'sqr_mom': betas[1], 'momentum': mom or betas[0]*(optimizers[src][0] != 'sgd')}
     values['mom'] = values['momentum']
-    return {k: values[k] if k == 'lr' or k in values and type(values[k]) is type(default) else default for k, default in optimizers[dst][2].items()}
+    return _said(dst, {k: values[k] if k == 'lr' or k in values and type(values[k]) is type(default) else default for k, default in optimizers[dst][2].items()})
 
-# %% ../nbs/08_rosetta.ipynb #178f87bf
+# %% ../nbs/08_rosetta.ipynb #7d5d0b9f
 def _value(text):
     words = dict(true=True, false=False, none=None)
     if text.lower() in words: return words[text.lower()]
@@ -344,5 +343,5 @@ def main(
         return 2
     call = f"{dst}(params, {', '.join(f'{k}={v!r}' for k, v in t.args.items())})"
     holds = {'any schedule': 'exact under any schedule of the learning rate', 'constant lr': 'exact at a constant learning rate', 'none': 'no translation' + ', this is the closest setting'*bool(t.args)}
-    print(json.dumps(asdict(t)) if as_json else '\n'.join([call]*bool(t.args) + [f'{holds[t.holds]}: {t.why}']))
+    print(json.dumps(t._asdict()) if as_json else '\n'.join([call]*bool(t.args) + [f'{holds[t.holds]}: {t.why}']))
     return 0
