@@ -20,7 +20,7 @@ __all__ = ['resumes_bit_for_bit', 'copies_what_it_loads', 'refuses_foreign_check
            'runs_hooks', 'exchanges_checkpoints_with_torch', 'survives_copying', 'prints_its_hyperparameters',
            'explains_mistakes', 'contract', 'exercised', 'ContractTable', 'contract_table']
 
-# %% ../nbs/14_contract.ipynb #b903b8b8
+# %% ../nbs/14_contract.ipynb #2c0effd5
 import copy
 import inspect
 import io
@@ -30,12 +30,12 @@ from functools import partial
 from math import nan
 
 import torch
-from . import manners
+from . import manners  # noqa: F401 (its rows)
 from .judge import ROWS, agree, leaves, refused, row, same, train, trained, twins
 
-# %% ../nbs/14_contract.ipynb #71c5a898
+# %% ../nbs/14_contract.ipynb #e649b5d0
 @row
-def resumes_bit_for_bit(make):
+def resumes_bit_for_bit(make): # makes the optimizer
     "Through `torch.save`, `torch.load(weights_only=True)` and `load_state_dict`, the next ten steps have the same bits."
     (opt, ps), file = trained(make, [0]), io.BytesIO()
     train(opt, ps, range(1, 5), missing=lambda t, i: i == 1)
@@ -46,9 +46,9 @@ def resumes_bit_for_bit(make):
     train(opt, ps, range(5, 15)), train(other, qs, range(5, 15))
     agree(ps, qs, "ten steps after resuming", tol=0.)
 
-# %% ../nbs/14_contract.ipynb #5bc5371a
+# %% ../nbs/14_contract.ipynb #aa9e1449
 @row
-def copies_what_it_loads(make):
+def copies_what_it_loads(make): # makes the optimizer
     "After loading a live `state_dict`, neither optimizer changes the other."
     (opt, ps), other = trained(make), make(leaves())
     other.load_state_dict(opt.state_dict())
@@ -57,9 +57,9 @@ def copies_what_it_loads(make):
     for g in opt.param_groups: g['lr'] = 9.
     assert same(other.state_dict(), before), "an optimizer changed when the one stepped from which it had loaded"
 
-# %% ../nbs/14_contract.ipynb #34b45fa7
+# %% ../nbs/14_contract.ipynb #4a29e962
 @row
-def refuses_foreign_checkpoints(make):
+def refuses_foreign_checkpoints(make): # makes the optimizer
     "Another optimizer's checkpoint, or one with other groups, parameters or shapes, raises what differs before anything changed."
     opt, _ = trained(make)
     before = copy.deepcopy(opt.state_dict())
@@ -70,27 +70,27 @@ def refuses_foreign_checkpoints(make):
         refused(words, opt.load_state_dict, other.state_dict())
         assert same(opt.state_dict(), before), f"a refused checkpoint left its traces ({', '.join(words)})"
 
-# %% ../nbs/14_contract.ipynb #8468986f
+# %% ../nbs/14_contract.ipynb #aa13a5c1
 @row
-def takes_names(make):
+def takes_names(make): # makes the optimizer
     "Named parameters train like others, and their names are in the checkpoint (torch 2.6 and later)."
     (a, b), qs = leaves(), leaves()
     opt = make([('a', a), ('b', b)])
     agree(train(opt, [a, b]), train(make(qs), qs), "parameters with and without names")
     assert opt.state_dict()['param_groups'][0].get('param_names') == ['a', 'b'], "the checkpoint does not have the names"
 
-# %% ../nbs/14_contract.ipynb #6fc5adf8
+# %% ../nbs/14_contract.ipynb #f1af52a6
 @row
-def notices_swapped_names(make):
+def notices_swapped_names(make): # makes the optimizer
     "Two groups of the same shapes, saved in another order, are refused by their names."
     ps = leaves((3,), (3,))
     one, two = (make([{'params': [('ab'[i], ps[i])]} for i in order]) for order in ((0, 1), (1, 0)))
     train(one, ps)
     refused(["'a'", "'b'"], two.load_state_dict, one.state_dict())
 
-# %% ../nbs/14_contract.ipynb #4d79f55e
+# %% ../nbs/14_contract.ipynb #f2eb28d2
 @row
-def runs_hooks(make):
+def runs_hooks(make): # makes the optimizer
     "Hooks before and after `step`, `state_dict` and `load_state_dict` run once, in order, and what a hook before loading returns is loaded."
     (opt, ps), seen = trained(make, []), []
     hooks = [f'{f}_{when}' for f in ('step', 'state_dict', 'load_state_dict') for when in ('pre', 'post')]
@@ -102,9 +102,12 @@ def runs_hooks(make):
     opt.load_state_dict(opt.state_dict())
     assert opt.param_groups[0]['lr'] == 0.125, "what the hook returned was not loaded"
 
-# %% ../nbs/14_contract.ipynb #867f9916
+# %% ../nbs/14_contract.ipynb #bd78c119
 @row
-def exchanges_checkpoints_with_torch(make, reference):
+def exchanges_checkpoints_with_torch(
+    make, # makes the optimizer
+    reference, # makes an independent implementation of it
+):
     "Checkpoints of torch's optimizer of the same hyperparameters continue here, and ours there."
     a, b = make(leaves()), reference(leaves())
     if not type(b).__module__.startswith('torch.optim') or any(v != b.defaults.get(k, v) for k, v in a.defaults.items()): return 'no reference'
@@ -115,9 +118,9 @@ def exchanges_checkpoints_with_torch(make, reference):
         other.load_state_dict(copy.deepcopy(opt.state_dict()))
         agree(train(opt, ps, range(5, 15)), train(other, qs, range(5, 15)), f"ten steps after a {type(other).__module__} optimizer loaded a checkpoint")
 
-# %% ../nbs/14_contract.ipynb #e7047425
+# %% ../nbs/14_contract.ipynb #4f597cf1
 @row
-def survives_copying(make):
+def survives_copying(make): # makes the optimizer
     "`copy.deepcopy` and pickle of optimizer and parameters go on with the same bits, apart from the original."
     for copier in copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o)):
         opt, ps = trained(make)
@@ -125,17 +128,17 @@ def survives_copying(make):
         train(opt, ps, range(5, 10)), train(other, qs, range(5, 10))
         agree(ps, qs, "an optimizer and its copy", tol=0.)
 
-# %% ../nbs/14_contract.ipynb #dfe30292
+# %% ../nbs/14_contract.ipynb #ccc875eb
 @row
-def prints_its_hyperparameters(make):
+def prints_its_hyperparameters(make): # makes the optimizer
     "`repr` lists every group with every hyperparameter."
     opt = make([{'params': [p]} for p in leaves()])
     lacking = [k for k in ('Parameter Group 1', *opt.defaults) if k not in repr(opt)]
     assert not lacking, f"repr does not show {lacking[0]}"
 
-# %% ../nbs/14_contract.ipynb #d1373436
+# %% ../nbs/14_contract.ipynb #9cd0fbca
 @row
-def explains_mistakes(make):
+def explains_mistakes(make): # makes the optimizer
     "Unknown, negative or NaN hyperparameters, no parameters, a non-leaf, a parameter in two groups: refused with name and value."
     w, _ = leaves()
     for k, v in [(k, v) for k in ('lr', 'momentum', 'weight_decay', 'eps') if k in make([w]).defaults for v in (-1., nan)]:

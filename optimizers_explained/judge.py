@@ -116,7 +116,7 @@ def refused(
         assert not lacking, f"the error does not name {lacking[0]}: {type(e).__name__}: {e}"
     else: raise AssertionError(f"accepted, without an error that names {' and '.join(words)}")
 
-# %% ../nbs/13a_judge.ipynb #8e92e951
+# %% ../nbs/13a_judge.ipynb #83890b99
 def warm_up_cosine(
     t, # step, of 50
 ) -> float: # factor on the lr
@@ -133,12 +133,15 @@ def _scheduled(make, factor): # the parameters after each of 50 steps
     return path
 
 @row
-def has_the_reference_numbers(make, reference):
+def has_the_reference_numbers(
+    make, # makes the optimizer
+    reference, # makes an independent implementation of it
+):
     "50 steps in float64 equal those of an independent implementation, at constant lr and under a schedule."
     for name, factor in {'at constant lr': lambda t: 1., 'under warm-up and cosine': warm_up_cosine}.items():
         agree(_scheduled(make, factor), _scheduled(reference, factor), f"50 steps {name}")
 
-# %% ../nbs/13a_judge.ipynb #112f12c7
+# %% ../nbs/13a_judge.ipynb #7f71631c
 class Naive(torch.optim.Optimizer):
     "Gradient descent as one writes it in an afternoon: it has what it inherits, and no more."
     def __init__(self,
@@ -147,10 +150,13 @@ class Naive(torch.optim.Optimizer):
     ): super().__init__(params, dict(lr=lr))
     @torch.no_grad()
     def step(self):
+        "Move every parameter that has a gradient."
         for group in self.param_groups:
             for p in group['params']:
                 if p.grad is not None: self.move(p, p.grad, self.state[p], **group)
-    def move(self, p, g, state, *, lr, **_): p.add_(g, alpha=-lr)
+    def move(self, p, g, state, *, lr, **_):
+        "The update; `broken` replaces it."
+        p.add_(g, alpha=-lr)
 
 def broken(
     move, # `move(p, g, state, *, lr, **others)`, changes `p` in place
@@ -158,9 +164,9 @@ def broken(
     "`Naive` with another update; a decorator."
     return type(move.__name__, (Naive,), dict(move=lambda self, *args, **kwargs: move(*args, **kwargs)))
 
-# %% ../nbs/13a_judge.ipynb #759f757f
+# %% ../nbs/13a_judge.ipynb #6e0c2000
 @row
-def keeps_low_precision(make):
+def keeps_low_precision(make): # makes the optimizer
     "bfloat16 and float16 parameters move, stay finite and stay in their dtype."
     for dtype in torch.bfloat16, torch.float16:
         ps = leaves(dtype=dtype)
@@ -168,9 +174,9 @@ def keeps_low_precision(make):
         assert all(p.dtype is dtype for p in ps), f"{dtype} became {ps[0].dtype}"
         assert 0 < max_diff(ps, leaves(dtype=dtype)) < 100, f"{dtype} parameters do not move, or to infinity"
 
-# %% ../nbs/13a_judge.ipynb #f85a0d08
+# %% ../nbs/13a_judge.ipynb #31173eb6
 @row
-def treats_complex_as_pairs_or_refuses(make):
+def treats_complex_as_pairs_or_refuses(make): # makes the optimizer
     "A complex parameter runs like its real and imaginary parts, or is refused by name."
     z, = leaves((3,), dtype=torch.complex128)
     p, = twins([torch.view_as_real(z)])
@@ -183,9 +189,9 @@ def treats_complex_as_pairs_or_refuses(make):
     except Exception: return refused(['complex'], lambda: run(make([z]), make([p])))
     agree([torch.view_as_real(z)], [p], "a complex parameter and its pairs")
 
-# %% ../nbs/13a_judge.ipynb #b444df96
+# %% ../nbs/13a_judge.ipynb #8d072716
 @row
-def handles_or_refuses_sparse_gradients(make):
+def handles_or_refuses_sparse_gradients(make): # makes the optimizer
     "A sparse gradient counts like the same in dense form, or is refused by name before anything has moved."
     ps, qs = leaves((3,), (4, 2)), leaves((3,), (4, 2))
     opt, other = make(ps), make(qs)
@@ -195,14 +201,14 @@ def handles_or_refuses_sparse_gradients(make):
     except Exception: refused(['sparse'], opt.step)
     agree(ps, qs, "a sparse gradient and the same in dense form, or parameters before and after a refusal")
 
-# %% ../nbs/13a_judge.ipynb #6a8ea29f
+# %% ../nbs/13a_judge.ipynb #1b245394
 def _odd_tensors():
     def t(*shape, **kwargs): return leaves(shape, **kwargs)[0].detach()
     ps = [t(0), t(), t(3, 2).t(), t(2, 3, 4, 4).to(memory_format=torch.channels_last), t(3, 6)[:, ::2], t(3, dtype=torch.float32)]
     return [p.requires_grad_() for p in ps + ([t(3).cuda()] if torch.cuda.is_available() else [])]
 
 @row
-def takes_any_tensor(make):
+def takes_any_tensor(make): # makes the optimizer
     "Tensors of any size, layout, dtype and device in one group move as if plain and alone."
     ps = _odd_tensors()
     plain, strides = [p.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for p in ps], [p.stride() for p in ps]

@@ -31,9 +31,9 @@ from torch.optim import lr_scheduler as L
 from .judge import agree, feed, leaves, refused, row, same, train, trained, twins
 from .problems import max_diff
 
-# %% ../nbs/13b_manners.ipynb #84b2bb74
+# %% ../nbs/13b_manners.ipynb #21ffa6fa
 @row
-def leaves_gradients_alone(make):
+def leaves_gradients_alone(make): # makes the optimizer
     "After `step`, `p.grad` is the same tensor with the same bits, and stays so during later steps."
     (opt, ps), kept = trained(make, []), []
     for t in range(3):
@@ -43,9 +43,9 @@ def leaves_gradients_alone(make):
         assert all(p.grad is g for p, (g, _) in zip(ps, kept[-len(ps):])), f"p.grad is another tensor after step {t + 1}"
         assert all(same(g, bits) for g, bits in kept), f"p.grad has changed after step {t + 1}"
 
-# %% ../nbs/13b_manners.ipynb #6eccaa16
+# %% ../nbs/13b_manners.ipynb #a9782775
 @row
-def skips_missing_gradients(make):
+def skips_missing_gradients(make): # makes the optimizer
     "A parameter without a gradient keeps every bit, and so does its state, before its first gradient and after."
     opt, (a, b) = trained(make, [])
     for _ in range(2):
@@ -55,9 +55,9 @@ def skips_missing_gradients(make):
         assert same(opt.state.get(b, {}), before[1]), "the state of a parameter without a gradient changed"
         train(opt, [a, b])
 
-# %% ../nbs/13b_manners.ipynb #cea4c4ce
+# %% ../nbs/13b_manners.ipynb #45aff08f
 @row
-def lets_frozen_parameters_rest(make):
+def lets_frozen_parameters_rest(make): # makes the optimizer
     "A parameter frozen in the middle of training, its gradient cleared by `zero_grad`, stays where it is."
     opt, (a, b) = trained(make)
     opt.zero_grad()
@@ -65,18 +65,18 @@ def lets_frozen_parameters_rest(make):
     train(opt, [a])
     assert same(b, before), "it moved"
 
-# %% ../nbs/13b_manners.ipynb #e77693ff
+# %% ../nbs/13b_manners.ipynb #30ff4a61
 @row
-def rests_at_lr_0(make):
+def rests_at_lr_0(make): # makes the optimizer
     "When a schedule reaches `lr=0`, no parameter changes."
     opt, ps = trained(make)
     before = twins(ps)
     for g in opt.param_groups: g['lr'] = 0.
     assert same(train(opt, ps), before), "parameters moved"
 
-# %% ../nbs/13b_manners.ipynb #dbb3892e
+# %% ../nbs/13b_manners.ipynb #742014b1
 @row
-def treats_each_parameter_alone(make):
+def treats_each_parameter_alone(make): # makes the optimizer
     "With gradients missing here and there, each parameter ends where it ends in an optimizer of its own."
     def missing(t, i): return (t + i) % 3 == 0
     ps = leaves((3,), (2, 4), (5,))
@@ -85,11 +85,11 @@ def treats_each_parameter_alone(make):
     for i, q in enumerate(qs): train(make([q]), [q], range(8), first=i, missing=missing)
     agree(ps, qs, "together and alone")
 
-# %% ../nbs/13b_manners.ipynb #817e33c1
+# %% ../nbs/13b_manners.ipynb #9ac9bbbb
 CHANGED = dict(lr=lambda v: v/3, momentum=lambda v: v/2 or 0.5, weight_decay=lambda v: v/2 + 0.01, betas=lambda v: (v[0]/2, v[1]/2), eps=lambda v: 10*v)
 
 @row
-def keeps_groups_apart(make):
+def keeps_groups_apart(make): # makes the optimizer
     "Each group trains by its own lr, momentum, weight decay, betas and eps."
     defaults = make(leaves()).defaults
     for k, v in {k: change(defaults[k]) for k, change in CHANGED.items() if k in defaults}.items():
@@ -99,9 +99,9 @@ def keeps_groups_apart(make):
         assert max_diff([b], [trained(make)[1][1]]) > 0, f"{k}={v} in a group makes no difference"
         agree([a, b], [c, d], f"a group with {k}={v} of its own, and an optimizer with it")
 
-# %% ../nbs/13b_manners.ipynb #62985f81
+# %% ../nbs/13b_manners.ipynb #e2e5f456
 @row
-def takes_new_groups(make):
+def takes_new_groups(make): # makes the optimizer
     "A group added before the first step or in the middle, under a scheduler, trains as in an optimizer of its own."
     for when in 0, 3:
         (a, b), (c, d) = leaves(), leaves()
@@ -115,9 +115,9 @@ def takes_new_groups(make):
             sched.step()
         agree([a, b], [c, d], f"a group added after {when} steps, and an optimizer of its own")
 
-# %% ../nbs/13b_manners.ipynb #06012c43
+# %% ../nbs/13b_manners.ipynb #9089570c
 @row
-def steps_tied_weights_once(make):
+def steps_tied_weights_once(make): # makes the optimizer
     "A weight shared by two layers, and listed with both, is refused by name or moves once."
     (p, _), (q, _) = leaves(), leaves()
     try: opt = make([p, p])
@@ -136,7 +136,7 @@ SCHEDULERS = dict(
     ChainedScheduler=lambda o: L.ChainedScheduler([L.LinearLR(o), L.ExponentialLR(o, 0.9)]), ReduceLROnPlateau=lambda o: L.ReduceLROnPlateau(o, patience=1),
     CyclicLR=lambda o: L.CyclicLR(o, 0.01, 0.1, step_size_up=3, **_cycles(o)), OneCycleLR=lambda o: L.OneCycleLR(o, 0.1, total_steps=12, **_cycles(o)))
 
-# %% ../nbs/13b_manners.ipynb #e9e55b9a
+# %% ../nbs/13b_manners.ipynb #4dd62ee3
 def _under(schedule, make, set_to=None): # the parameters after ten steps, and the hypers of each step
     ps, seen = leaves(), []
     opt = make(ps)
@@ -149,7 +149,7 @@ def _under(schedule, make, set_to=None): # the parameters after ten steps, and t
     return ps, seen
 
 @row
-def follows_every_scheduler(make):
+def follows_every_scheduler(make): # makes the optimizer
     "Under every scheduler of torch the rates are those of `torch.optim.SGD`, and are what the step uses."
     lr, constant = make(leaves()).param_groups[0]['lr'], trained(make, range(10))[1]
     for name, schedule in SCHEDULERS.items():
@@ -159,9 +159,9 @@ def follows_every_scheduler(make):
         agree(ps, _under(SCHEDULERS['LambdaLR'], make, seen)[0], f"{name}, and the same values set by hand")
         assert max_diff(ps, constant) > 0, f"{name} makes no difference"
 
-# %% ../nbs/13b_manners.ipynb #358b458e
+# %% ../nbs/13b_manners.ipynb #397df813
 @row
-def runs_closures(make):
+def runs_closures(make): # makes the optimizer
     "`step(closure)` computes gradients and returns the loss."
     (p, _), (q, _) = leaves(), leaves()
     opt, other = make([p]), make([q])
@@ -171,9 +171,9 @@ def runs_closures(make):
         assert same(opt.step(lambda: loss_of(opt, p)), want), "step does not return the loss of the closure"
     assert same(p, q), "a step with a closure is another step"
 
-# %% ../nbs/13b_manners.ipynb #c60c5d7e
+# %% ../nbs/13b_manners.ipynb #5356b515
 @row
-def clears_gradients(make):
+def clears_gradients(make): # makes the optimizer
     "`zero_grad()` leaves `None`, `zero_grad(set_to_none=False)` leaves zeros."
     opt, ps = trained(make)
     opt.zero_grad(set_to_none=False)
@@ -181,9 +181,9 @@ def clears_gradients(make):
     opt.zero_grad()
     assert all(p.grad is None for p in ps), "zero_grad() leaves gradients"
 
-# %% ../nbs/13b_manners.ipynb #3d386608
+# %% ../nbs/13b_manners.ipynb #bc00df3b
 @row
-def obeys_the_grad_scaler(make):
+def obeys_the_grad_scaler(make): # makes the optimizer
     "Under a `GradScaler` a step is the unscaled one, and an infinite gradient skips it."
     ps, qs = leaves(dtype=torch.float32), leaves(dtype=torch.float32)
     opt, other, scaler = make(ps), make(qs), torch.amp.GradScaler('cpu', init_scale=1024.)
@@ -196,9 +196,9 @@ def obeys_the_grad_scaler(make):
     assert scaler.get_scale() == 512, "the scale was not halved"
     agree(ps, qs, "steps under a GradScaler and without", tol=0.)
 
-# %% ../nbs/13b_manners.ipynb #818a8419
+# %% ../nbs/13b_manners.ipynb #9e51dee0
 @row
-def takes_accumulated_and_clipped_gradients(make):
+def takes_accumulated_and_clipped_gradients(make): # makes the optimizer
     "After two `backward` calls and `clip_grad_norm_`, the step takes the clipped sum."
     (p, _), (q, _) = leaves(), leaves()
     opt, other = make([p]), make([q])

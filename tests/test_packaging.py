@@ -19,6 +19,7 @@ from nbdev.config import get_config
 from packaging.requirements import Requirement
 
 import optimizers_explained as pkg
+from optimizers_explained.contract import ROWS
 
 MODULES = sorted(m.name for m in pkgutil.iter_modules(pkg.__path__) if not m.name.startswith('_'))
 GENERATED = re.compile(r'nbs/(nbdev\.yml|llms\.txt)|README\.md|optimizers_explained/.*\.py')
@@ -118,10 +119,11 @@ def public(module): return {n: o for n in module.__all__ if inspect.isclass(o :=
 
 def uncommented(f, elsewhere):
     """Parameters without a comment. A step is called by its optimizer, never by a user: what `p`, `g` and `state` are stands once, on the
-    page of the core, and its hyperparameters are commented in the optimizers that pass them on (`elsewhere`)."""
+    page of the core, and its hyperparameters are commented in the optimizers that pass them on (`elsewhere`). Likewise the rows of the
+    contract, which `contract` calls."""
     missing = [k for k, comment in parameters(f).items() if not comment]
     is_step = inspect.isfunction(f) and list(inspect.signature(f).parameters)[:3] == STEP
-    return [k for k in missing if not (is_step and (k in STEP or k in elsewhere))]
+    return [k for k in missing if not (is_step and k in STEP or (is_step or f in ROWS.values()) and k in elsewhere)]
 
 def commented(modules): return {k for m in modules for f in public(m).values() for k, comment in parameters(f).items() if comment}
 
