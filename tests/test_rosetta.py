@@ -21,7 +21,17 @@ from optimizers_explained import rosetta
 from optimizers_explained.problems import max_diff
 from optimizers_explained.rosetta import arguments, canonical, constructor, copied, follow, optimizers, schedules, translate
 
-logging.getLogger('optimizers_explained.composer').setLevel('ERROR')
+
+
+@pytest.fixture(autouse=True)
+def no_advice():
+    "The recipes are translated, so Composer's advice on large decays is not needed here; other tests want to see it."
+    log = logging.getLogger('optimizers_explained.composer')
+    level = log.level
+    log.setLevel('ERROR')
+    yield
+    log.setLevel(level)
+
 # optimi's, and torch's when fastai is imported
 pytestmark = [pytest.mark.filterwarnings(f'ignore:{o}') for o in ('You are using weight_decay', '.torch.jit.script')]
 CASES = json.loads((Path(__file__).parent/'composer.json').read_text())['cases']
