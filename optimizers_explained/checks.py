@@ -43,17 +43,18 @@ def takes(
     except TypeError: raise TypeError(f"step {name_of(step)} must be a function of (p, g, state, *, hyperparameters), got {name_of(step)}{signature}") from None
     return hypers
 
-# %% ../nbs/09a_checks.ipynb #f94820e4
+# %% ../nbs/09a_checks.ipynb #6883f064
 NONNEGATIVE = 'lr', 'lr0', 'momentum', 'dampening', 'weight_decay', 'eps'
 
 def check_value(
     name:str, # of the hyperparameter
     value, # what was given for it
-    default=None, # its default; a pair must stay a pair
+    default=None, # its default; a pair must stay a pair, a switch a switch
 ):
     "Raise a `ValueError` (a `TypeError` for something that is no number) if `value` cannot be the hyperparameter `name`."
     if isinstance(default, tuple) and len(default) != len(value if isinstance(value, (tuple, list)) else default):
         raise ValueError(f"{name} must be {len(default)} numbers, got {value!r}")
+    if isinstance(default, bool) and value not in (True, False): raise TypeError(f"{name} must be True or False, got {value!r}")
     if name == 'betas':
         if not isinstance(value, (tuple, list)) or not all(isinstance(b, Real) and 0 <= b < 1 for b in value): raise ValueError(f"betas must be numbers in [0, 1), got {value!r}")
     elif name in NONNEGATIVE:

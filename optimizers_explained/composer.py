@@ -24,7 +24,7 @@ import logging
 import torch
 from .basic import check_nonnegative
 
-# %% ../nbs/04_composer.ipynb #799ada65
+# %% ../nbs/04_composer.ipynb #355c2ffb
 log = logging.getLogger(__name__)
 
 class Decoupled(torch.optim.Optimizer):
@@ -41,7 +41,7 @@ class Decoupled(torch.optim.Optimizer):
 
     def add_param_group(self, param_group):
         "Add a group, at any time; its decay is relative to its own `lr` (or to `lr0`, where the group brings one)."
-        check_nonnegative(**{k: param_group[k] for k in ('lr', 'weight_decay') if k in param_group})
+        check_nonnegative(**{k: param_group[k] for k in ('lr', 'weight_decay', 'momentum', 'eps') if k in param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.setdefault('lr0', float(group['lr']))

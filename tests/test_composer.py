@@ -196,6 +196,7 @@ def test_closure_frozen_and_untouched_gradients(cls):
     (lambda p: DecoupledSGDW([p], lr=0.1, nesterov=True), 'nesterov needs a momentum > 0'),
     (lambda p: DecoupledSGDW([p], lr=0.1, momentum=0.9, dampening=0.1, nesterov=True), 'dampening=0.1'),
     (lambda p: DecoupledSGDW([dict(params=[p], weight_decay=-1.)], lr=0.1), 'weight_decay must be a number >= 0, got -1.0'),
+    (lambda p: DecoupledSGDW([dict(params=[p], momentum=-1.)], lr=0.1), 'momentum must be a number >= 0, got -1.0'),
     (lambda p: DecoupledAdamW([p], betas=(0.9, 1.)), r'betas must be two numbers in \[0, 1\)'),
     (lambda p: DecoupledAdamW([p], eps=-1.), 'eps must be a number >= 0, got -1.0')])
 def test_bad_input(make, message):
