@@ -56,7 +56,7 @@ def _check_shapes(where, p, state_dict, key, i, j):
     for k, shape in shapes.items():
         if shape != tuple(p.shape): raise ValueError(f"{where} has shape {tuple(p.shape)} here; in the checkpoint, {k} has shape {shape}")
 
-# %% ../nbs/13_checkpoints.ipynb #331c88ca
+# %% ../nbs/13_checkpoints.ipynb #f905d1e8
 def check_kind(
     opt, # the `StepOptimizer` that is to load
     state_dict:dict, # what it is to load
@@ -65,19 +65,20 @@ def check_kind(
     names = [name_of(f) for f in opt.steps]
     if state_dict.get('steps', names) != names: raise ValueError(f"the checkpoint was written by the steps {state_dict['steps']}, this optimizer has {names}")
     if 'steps' in state_dict: return
-    for i, (s, g) in enumerate(zip(state_dict['param_groups'], opt.param_groups)):
+    for i, s in enumerate(state_dict['param_groups']):
         missing = [k for k, v in opt.defaults.items() if k not in s and (k == 'amsgrad' or not isinstance(v, bool))]
         if missing: raise ValueError(f"group {i} of the checkpoint has no {missing[0]}, which this optimizer needs: it was written by another one")
         if strange := [k for k in sorted(ALGORITHM & set(s) - set(opt.defaults)) if s[k]]:
             raise ValueError(f"group {i} of the checkpoint has {strange[0]}={s[strange[0]]!r}, which no step here takes: it was written by another optimizer")
         l2s = not s.get('decoupled_weight_decay', 'l2' not in names)
         if l2s != ('l2' in names): raise ValueError(f"weight decay is {'L2' if l2s else 'decoupled'} in the checkpoint and {'decoupled' if l2s else 'L2'} here (Adam against AdamW)")
-    known = set().union(*(STATE.get(n, set()) for n in names))
+    if not all(n in STATE for n in names): return                       # what a step of one's own keeps is its own affair
+    known = set().union(*(STATE[n] for n in names))
     for key, state in state_dict['state'].items():
         if extra := [k for k in state if k not in known]:
-            if all(n in STATE for n in names): raise ValueError(f"the state of parameter {key} in the checkpoint has {extra[0]}, which no step here knows; they know {sorted(known) or 'none'}")
+            raise ValueError(f"the state of parameter {key} in the checkpoint has {extra[0]}, which no step here knows; they know {sorted(known) or 'none'}")
 
-# %% ../nbs/13_checkpoints.ipynb #3cf95ea9
+# %% ../nbs/13_checkpoints.ipynb #017df14e
 def prepare(
     opt, # the `StepOptimizer` that is to load
     state_dict:dict, # a checkpoint of this kind of optimizer, or torch's or Composer's of the same
@@ -85,10 +86,10 @@ def prepare(
     "Check a checkpoint against `opt`, and copy it; a `ValueError` says what does not fit, and nothing has changed."
     check_groups(opt, state_dict)
     check_kind(opt, state_dict)
-    new = {**state_dict, 'state': {k: copy.deepcopy(s) for k, s in state_dict['state'].items()}}
+    new = {**state_dict, 'state': copy.deepcopy(state_dict['state'])}
     for s in new['state'].values():
         if isinstance(s.get('step'), Tensor): s['step'] = int(s['step'].item())
-    new['param_groups'] = [{**{k: g[k] for k in opt.defaults if k in g}, **_with_own_decay(g, copy.copy(s))} for g, s in zip(opt.param_groups, state_dict['param_groups'])]
+    new['param_groups'] = [{**{k: g[k] for k in opt.defaults if k in g}, **_with_own_decay(g, s)} for g, s in zip(opt.param_groups, state_dict['param_groups'])]
     return new
 
 def _with_own_decay(own, saved):

@@ -142,7 +142,7 @@ def check_group(
         elif close := get_close_matches(k, opt.defaults, cutoff=0.85): raise TypeError(f"{k}={v!r} in group {index}: did you mean {close[0]}?")
     return with_lr0({**opt.defaults, **param_group, 'params': params}, opt.steps)
 
-# %% ../nbs/09a_checks.ipynb #f0730e86
+# %% ../nbs/09a_checks.ipynb #a4788e74
 def check_update(
     step, # the step that returned `d`
     d, # what it returned
@@ -155,8 +155,8 @@ def check_update(
     raise ValueError(f"step {name_of(step)} must return an update of shape {want}, got {got}")
 
 def _shape(o): # of a tensor, or those of a list of tensors; None for anything else
-    if hasattr(o, 'shapes'): return [tuple(s) for s in o.shapes]
-    return tuple(o.shape) if isinstance(o, Tensor) else None
+    if isinstance(o, Tensor): return tuple(o.shape)
+    return [tuple(s) for s in o.shapes] if hasattr(o, 'shapes') else None
 
 class Checked:
     "A step that reports itself when it changes `g` in place: what `debug=True` wraps around every step."

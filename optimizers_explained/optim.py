@@ -17,18 +17,15 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/optim.html.md"
 # %% auto #0
 __all__ = ['SGD', 'SGDW', 'DecoupledSGDW', 'Lion', 'Adam', 'AdamW', 'DecoupledAdamW']
 
-# %% ../nbs/12_optim.ipynb #64ad4347
+# %% ../nbs/12_optim.ipynb #e4d8f394
 from . import core
 from .adam import Adam, AdamW, DecoupledAdamW
+from .composer import check_nesterov
 from .core import StepOptimizer, decay, decay_rel, flip, l2, lion, sgd
 
 _all_ = ['Adam', 'AdamW', 'DecoupledAdamW']
 
-# %% ../nbs/12_optim.ipynb #63aaf8d6
-def _check_nesterov(nesterov, momentum, dampening):
-    if nesterov and (not momentum or dampening):
-        raise ValueError(f"nesterov needs a momentum > 0 and dampening 0, got momentum={momentum} and dampening={dampening}")
-
+# %% ../nbs/12_optim.ipynb #245bb07e
 def SGD(
     params, # parameters, or groups of them
     lr=1e-3, # learning rate, >= 0
@@ -41,11 +38,11 @@ def SGD(
     **options # for `StepOptimizer`: `foreach`, `debug`
 ) -> StepOptimizer:
     "SGD with L2 regularization, equal to `torch.optim.SGD`."
-    _check_nesterov(nesterov, momentum, dampening)
+    check_nesterov(nesterov, momentum, dampening)
     return StepOptimizer(params, [flip, l2, core.momentum, sgd], lr=lr, momentum=momentum, dampening=dampening,
                          weight_decay=weight_decay, nesterov=nesterov, maximize=maximize, **options)
 
-# %% ../nbs/12_optim.ipynb #c6181f9d
+# %% ../nbs/12_optim.ipynb #c1f3f651
 def SGDW(
     params, # parameters, or groups of them
     lr=1e-3, # learning rate, >= 0
@@ -58,11 +55,11 @@ def SGDW(
     **options # for `StepOptimizer`: `foreach`, `debug`
 ) -> StepOptimizer:
     "SGD with decoupled weight decay by `lr*weight_decay` (Loshchilov and Hutter, 2019), equal to timm's `SGDW` and fastai's `SGD`."
-    _check_nesterov(nesterov, momentum, dampening)
+    check_nesterov(nesterov, momentum, dampening)
     return StepOptimizer(params, [flip, decay, core.momentum, sgd], lr=lr, momentum=momentum, dampening=dampening,
                          weight_decay=weight_decay, nesterov=nesterov, maximize=maximize, **options)
 
-# %% ../nbs/12_optim.ipynb #c6d4cd0f
+# %% ../nbs/12_optim.ipynb #b07e9538
 def DecoupledSGDW(
     params, # parameters, or groups of them
     lr, # learning rate, >= 0; required, and the rate that the decay is relative to
@@ -73,7 +70,7 @@ def DecoupledSGDW(
     **options # for `StepOptimizer`: `foreach`, `debug`
 ) -> StepOptimizer:
     "SGD with weight decay by `weight_decay * lr/lr0`, equal to `composer.DecoupledSGDW`."
-    _check_nesterov(nesterov, momentum, dampening)
+    check_nesterov(nesterov, momentum, dampening)
     return StepOptimizer(params, [decay_rel, core.momentum, sgd], lr=lr, momentum=momentum, dampening=dampening,
                          weight_decay=weight_decay, nesterov=nesterov, **options)
 
