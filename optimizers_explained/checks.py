@@ -177,3 +177,10 @@ def check_dense(
     for i, p in enumerate(group['params']):
         if p.grad is not None and p.grad.layout is not torch.strided:
             raise ValueError(f"params[{i}] (shape {tuple(p.shape)}) has a sparse gradient: steps need dense ones; use sparse=False in the embedding, or torch.optim.SparseAdam")
+
+def check_speed(foreach, fused, debug=False):
+    "Raise an error that says what to do, if the steps cannot be run this way."
+    for name, value in dict(foreach=foreach, fused=fused).items():
+        if value not in (None, True, False): raise TypeError(f"{name} must be True, False or None, got {value!r}")
+    if foreach and fused: raise ValueError("foreach=True and fused=True exclude each other: pass one of them")
+    if fused and debug: raise ValueError("debug=True watches every step, and fused=True runs them all in one kernel: pass one of them")

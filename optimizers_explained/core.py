@@ -23,8 +23,8 @@ __all__ = ['StepOptimizer', 'flip', 'l2', 'decay', 'decay_rel', 'sgd', 'momentum
 # %% ../nbs/09_core.ipynb #8d4cc81d
 import torch
 from .checkpoint import prepare
-from .checks import Checked, as_list, check_dense, check_group, check_hypers, check_update, name_of, takes
-from .multi_tensor import buckets
+from .checks import Checked, as_list, check_dense, check_speed, check_group, check_hypers, check_update, name_of, takes
+from .fused import Memo, arrange
 
 # %% ../nbs/09_core.ipynb #b2cdb16d
 class StepOptimizer(torch.optim.Optimizer):
@@ -34,10 +34,12 @@ class StepOptimizer(torch.optim.Optimizer):
         steps, # the steps, in the order they run
         *,
         foreach=None, # run the steps on lists of parameters instead of one by one; by default on CUDA only
+        fused=None, # run all steps in one kernel made of them; by default never
         debug=False, # report a step that changes a gradient in place
         **hypers, # values for the keyword-only arguments of the steps; a `TypeError` if unknown or missing
     ):
-        self.steps, self.foreach = [Checked(f) for f in steps] if debug else list(steps), foreach
+        check_speed(foreach, fused, debug)
+        self.steps, self.foreach, self.fused, self.memo = [Checked(f) for f in steps] if debug else list(steps), foreach, fused, Memo()
         defaults = check_hypers(self.steps, hypers)
         super().__init__(as_list(params), defaults)
 
@@ -58,8 +60,7 @@ class StepOptimizer(torch.optim.Optimizer):
     def run(self, group, params):
         "Run the steps with the hyperparameters of `group` on `params`, one by one or list by list."
         calls = [(f, {k: group[k] for k in takes(f)}) for f in self.steps]
-        lists = all(p.is_cuda for p in params) if self.foreach is None else self.foreach
-        for p, g, state in buckets(params, self.state) if lists else ((p, p.grad, self.state[p]) for p in params):
+        for p, g, state in arrange(self, calls, params):
             for f, hypers in calls:
                 d = f(p, g, state, **hypers)
                 if d is not None: g = check_update(f, d, p)
@@ -74,8 +75,8 @@ class StepOptimizer(torch.optim.Optimizer):
         try: super().load_state_dict(state_dict)
         finally: hook.remove()
 
-    def __getstate__(self): return {**super().__getstate__(), 'steps': self.steps, 'foreach': self.foreach}
-    def __setstate__(self, state): super().__setstate__(state); self.defaults.pop('differentiable', None)      # torch's, of no step
+    def __getstate__(self): return {**super().__getstate__(), 'steps': self.steps, 'foreach': self.foreach, 'fused': self.fused}
+    def __setstate__(self, state): super().__setstate__(state); self.memo = Memo(); self.defaults.pop('differentiable', None)      # torch's, of no step
 
     def __repr__(self): return super().__repr__().replace(' (', f" [{', '.join(map(name_of, self.steps))}] (", 1)
 
