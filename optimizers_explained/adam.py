@@ -28,10 +28,11 @@ def adam(p, g, state, *, betas=(0.9, 0.999), eps=1e-8, amsgrad=False):
     "Adam (Kingma and Ba, 2015): the update is $\\hat m/(\\sqrt{\\hat v}+\\epsilon)$, with averages of $g$ and $g^2$ divided by $1-\\beta^t$."
     if 'exp_avg' not in state: state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
     t = state['step'] = state['step'] + 1
-    m = state['exp_avg'].mul_(betas[0]).add_(g, alpha=1 - betas[0])
+    m = state['exp_avg'].lerp_(g, 1 - betas[0])
     v = state['exp_avg_sq'].mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
     if amsgrad: v = state['max_exp_avg_sq'] = torch.maximum(state.get('max_exp_avg_sq', v), v)
-    return m/v.sqrt().div_((1 - betas[1]**t)**0.5).add_(eps).mul_(1 - betas[0]**t)
+    c = 1 - betas[0]**t
+    return v.sqrt().mul_(c/(1 - betas[1]**t)**0.5).add_(eps*c).reciprocal_().mul_(m)
 
 # %% ../nbs/11_adam.ipynb #6fb4a329
 def Adam(
