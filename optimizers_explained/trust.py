@@ -27,11 +27,11 @@ from .adam import adam
 from .composer import check_nesterov
 from .core import StepOptimizer, flip, l2, sgd
 
-# %% ../nbs/15_trust.ipynb #ef5af9b3
+# %% ../nbs/15_trust.ipynb #29d935b7
 def _trusted(w, u, ratio): return torch.where(torch.minimum(w, u) > 0, ratio, 1.)        # 1 where one of the norms is 0
 
 def lars(p, g, state, *, weight_decay=0., trust_coeff=1e-3, eps=1e-8):
-    "LARS (You et al., 2017): $(g + \\lambda\\theta)\\,\\eta\\lVert\\theta\\rVert/(\\lVert g\\rVert + \\lambda\\lVert\\theta\\rVert + \\epsilon)$, with a factor of 1 where $\\theta$ or $g$ is 0."
+    "LARS (You et al., 2017): $r\\,(g + \\lambda\\theta)$ with $r = \\eta|\\theta|/(|g| + \\lambda|\\theta| + \\epsilon)$, or 1 where a norm is 0."
     w, n = p.norm(), g.norm()
     return g.add(p, alpha=weight_decay)*_trusted(w, n, trust_coeff*w/(n + weight_decay*w + eps))
 
@@ -54,9 +54,9 @@ def LARS(
     return StepOptimizer(params, [flip, lars, core.momentum, sgd], lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
                          nesterov=nesterov, trust_coeff=trust_coeff, eps=eps, maximize=maximize, **options)
 
-# %% ../nbs/15_trust.ipynb #4fd2f441
+# %% ../nbs/15_trust.ipynb #7fb36520
 def trust(p, g, state):
-    "LAMB's ratio (You et al., 2020): $g\\,\\lVert\\theta\\rVert/\\lVert g\\rVert$, an update as long as the weights; $g$ itself where $\\theta$ or $g$ is 0."
+    "LAMB's ratio (You et al., 2020): $g\\,|\\theta|/|g|$, an update as long as the weights; $g$ itself where a norm is 0."
     w, u = p.norm(), g.norm()
     return g*_trusted(w, u, w/u)
 
@@ -71,4 +71,5 @@ def LAMB(
     **options # for `StepOptimizer`: `foreach`, `debug`
 ) -> StepOptimizer:
     "Adam with a rate for each tensor (You et al., 2020), equal to timm's `Lamb` with `max_grad_norm=None, always_adapt=True`."
-    return StepOptimizer(params, [flip, adam, l2, trust, sgd], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, **options)
+    return StepOptimizer(params, [flip, adam, l2, trust, sgd], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+                         maximize=maximize, **options)

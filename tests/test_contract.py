@@ -16,7 +16,7 @@ from optimizers_explained.adam import adam
 from optimizers_explained.core import StepOptimizer, decay, sgd
 from optimizers_explained.judge import ROWS, leaves, refused, train, trained
 from optimizers_explained.problems import max_diff
-from optimizers_explained.trust import trust
+from optimizers_explained.trust import lars, trust
 
 pytestmark = pytest.mark.filterwarnings('ignore:You are using weight_decay')     # optimi's
 SKIP = 'is not installed: its optimizers are no reference'
@@ -137,6 +137,37 @@ def test_lamb_of_fastai():
     def capped(p, g, state): return g*torch.minimum(p.norm()/g.norm(), torch.tensor(10.))
     def with_cap(ps, **kw): return StepOptimizer(ps, [decay, adam, capped, sgd], **{**dict(lr=LR), **BOTH, **WD, **kw})
     judge.has_the_reference_numbers(with_cap, fastai('Lamb', **FAST))
+
+
+def of_zeros(make, dtype=torch.float64):
+    "Steps with weights of 0, gradients of 0, both, and neither."
+    ps = [p.requires_grad_() for p in (torch.zeros(3, dtype=dtype), leaves(dtype=dtype)[0].detach(), torch.zeros(3, dtype=dtype), leaves(dtype=dtype)[1].detach())]
+    opt = make(ps)
+    for t in range(5):
+        judge.feed(ps, t)
+        for p in ps[1:3]: p.grad.zero_()
+        opt.step()
+    return ps
+
+@pytest.mark.parametrize('speed', SPEEDS)
+@pytest.mark.parametrize('case', ['LARS', 'LARS, plain', 'LAMB', 'LAMB, no decay'])
+def test_layers_of_zeros(case, speed):
+    "The factor is 1 where weights or update are 0, as in timm; and a list of tensors has the bits of the loop."
+    make, reference = make_of(case, speed), CASES[case][2]['timm']
+    assert max_diff(of_zeros(make), of_zeros(reference)) < 1e-12
+    assert max_diff(of_zeros(make, torch.float32), of_zeros(make_of(case), torch.float32)) == 0.
+    def bare(p, g, state): return g*(p.norm()/g.norm())
+    assert not max_diff(of_zeros(partial(StepOptimizer, steps=[adam, bare, sgd], lr=LR)), of_zeros(reference)) < 1e-6       # NaN
+
+
+def test_the_ratios_can_be_recorded():
+    "No step of theirs asks a tensor for its value, its shape or its length: a recorder of operations runs it."
+    for step in lars, trust:
+        recorded = torch.fx.symbolic_trace(lambda p, g: step(p, g, {}))
+        p, g = leaves((3,), (3,))
+        assert torch.equal(recorded(p, 2*g), step(p, 2*g, {}))
+    def branches(p, g): return g if p.norm() > 0 else p
+    with pytest.raises(torch.fx.proxy.TraceError): torch.fx.symbolic_trace(branches)
 
 
 @pytest.mark.parametrize('case,library', PAIRS)
