@@ -17,6 +17,7 @@ Modules:
 - `optimizers_explained.optim`: `from optimizers_explained import optim`: torch's names, argument names, order and defaults.
 - `optimizers_explained.problems`: Four small problems on which an optimizer shows what it does, and the tables and plots every page uses.
 - `optimizers_explained.race`: Four optimizers, one network, one set of batches: with the right translation they end at the same weights.
-- `optimizers_explained.rosetta`: Recipes translated between torch, Composer, fastai, timm and optimi, and every entry of the table run on both sides."""
+- `optimizers_explained.rosetta`: Recipes translated between torch, Composer, fastai, timm and optimi, and every entry of the table run on both sides.
+- `optimizers_explained.trust`: A step is measured against the weights that it changes. Then the size of the gradient cancels, and a weight of 0 becomes a special case."""
 
 __version__ = "0.0.1"

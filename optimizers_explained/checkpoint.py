@@ -29,7 +29,7 @@ from .checks import name_of
 
 # %% ../nbs/13_checkpoints.ipynb #435a8e03
 STATE = dict(momentum={'momentum_buffer'}, adam={'step', 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq'}, ema={'exp_avg'}, lion={'exp_avg'},
-             flip=set(), l2=set(), decay=set(), decay_rel=set(), sgd=set())      # state keys of our own steps
+             flip=set(), l2=set(), decay=set(), decay_rel=set(), sgd=set(), lars=set(), trust=set())      # state keys of our own steps
 
 ALGORITHM = {'betas', 'momentum', 'dampening', 'nesterov', 'eps', 'amsgrad', 'alpha', 'rho', 'lambd', 'etas', 'centered', 'lr_decay',
              'momentum_decay', 'step_sizes'}    # hyperparameters by which torch's optimizers differ

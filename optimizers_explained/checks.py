@@ -44,7 +44,7 @@ def takes(
     return hypers
 
 # %% ../nbs/09a_checks.ipynb #6883f064
-NONNEGATIVE = 'lr', 'lr0', 'momentum', 'dampening', 'weight_decay', 'eps'
+NONNEGATIVE = 'lr', 'lr0', 'momentum', 'dampening', 'weight_decay', 'eps', 'trust_coeff'
 
 def check_value(
     name:str, # of the hyperparameter

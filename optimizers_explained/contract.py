@@ -141,7 +141,7 @@ def prints_its_hyperparameters(make): # makes the optimizer
 def explains_mistakes(make): # makes the optimizer
     "Unknown, negative or NaN hyperparameters, no parameters, a non-leaf, a parameter in two groups: refused with name and value."
     w, _ = leaves()
-    for k, v in [(k, v) for k in ('lr', 'momentum', 'weight_decay', 'eps') if k in make([w]).defaults for v in (-1., nan)]:
+    for k, v in [(k, v) for k in ('lr', 'momentum', 'weight_decay', 'eps', 'trust_coeff') if k in make([w]).defaults for v in (-1., nan)]:
         refused([k, str(v)], make, [w], **{k: v})
         refused([k, str(v)], make, [{'params': [w], k: v}])
     refused(['nonsense'], make, [w], nonsense=1)
@@ -173,7 +173,7 @@ def exercised(
     **more, # values of your own
 ) -> partial: # to be handed to `contract`
     "Bind hyperparameters under which every part of the optimizer has something to do, those it takes."
-    values = dict(lr=0.05, momentum=0.9, dampening=0.3, weight_decay=0.1, eps=1e-3)
+    values = dict(lr=0.05, momentum=0.9, dampening=0.3, weight_decay=0.1, eps=1e-3, trust_coeff=0.5)
     return partial(factory, **{**{k: v for k, v in values.items() if k in inspect.signature(factory).parameters}, **more})
 
 class ContractTable(dict):

@@ -16,8 +16,8 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/judge.html.md"
 
 # %% auto #0
 __all__ = ['ROWS', 'row', 'leaves', 'feed', 'train', 'twins', 'trained', 'agree', 'same', 'refused', 'warm_up_cosine',
-           'has_the_reference_numbers', 'Naive', 'broken', 'keeps_low_precision', 'treats_complex_as_pairs_or_refuses',
-           'handles_or_refuses_sparse_gradients', 'takes_any_tensor']
+           'has_the_reference_numbers', 'Apart', 'Naive', 'broken', 'keeps_low_precision',
+           'treats_complex_as_pairs_or_refuses', 'handles_or_refuses_sparse_gradients', 'takes_any_tensor']
 
 # %% ../nbs/13a_judge.ipynb #c867891e
 from math import cos, pi
@@ -140,6 +140,21 @@ def has_the_reference_numbers(
     "50 steps in float64 equal those of an independent implementation, at constant lr and under a schedule."
     for name, factor in {'at constant lr': lambda t: 1., 'under warm-up and cosine': warm_up_cosine}.items():
         agree(_scheduled(make, factor), _scheduled(reference, factor), f"50 steps {name}")
+
+# %% ../nbs/13a_judge.ipynb #808bd59f
+class Apart:
+    "An optimizer for each parameter, stepped only where there is a gradient: for a reference that counts the steps of a whole group."
+    def __init__(self,
+        make, # makes an optimizer of a list of parameters
+        params, # parameters
+        **changed # for `make`
+    ):
+        self.opts = [make([p], **changed) for p in params]
+        self.param_groups = [g for opt in self.opts for g in opt.param_groups]
+    def step(self):
+        "Step the optimizers whose parameter has a gradient."
+        for opt in self.opts:
+            if any(p.grad is not None for g in opt.param_groups for p in g['params']): opt.step()
 
 # %% ../nbs/13a_judge.ipynb #7f71631c
 class Naive(torch.optim.Optimizer):

@@ -86,11 +86,12 @@ def treats_each_parameter_alone(make): # makes the optimizer
     agree(ps, qs, "together and alone")
 
 # %% ../nbs/13b_manners.ipynb #9ac9bbbb
-CHANGED = dict(lr=lambda v: v/3, momentum=lambda v: v/2 or 0.5, weight_decay=lambda v: v/2 + 0.01, betas=lambda v: (v[0]/2, v[1]/2), eps=lambda v: 10*v)
+CHANGED = dict(lr=lambda v: v/3, momentum=lambda v: v/2 or 0.5, weight_decay=lambda v: v/2 + 0.01, betas=lambda v: (v[0]/2, v[1]/2), eps=lambda v: 10*v,
+               trust_coeff=lambda v: v/2)
 
 @row
 def keeps_groups_apart(make): # makes the optimizer
-    "Each group trains by its own lr, momentum, weight decay, betas and eps."
+    "Each group trains by its own lr, momentum, weight decay, betas, eps and trust coefficient."
     defaults = make(leaves()).defaults
     for k, v in {k: change(defaults[k]) for k, change in CHANGED.items() if k in defaults}.items():
         (a, b), (c, d) = leaves(), leaves()

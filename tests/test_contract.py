@@ -12,9 +12,11 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from optimizers_explained import contract, judge, manners, optim
+from optimizers_explained.adam import adam
 from optimizers_explained.core import StepOptimizer, decay, sgd
 from optimizers_explained.judge import ROWS, leaves, refused, train, trained
 from optimizers_explained.problems import max_diff
+from optimizers_explained.trust import lars, trust
 
 pytestmark = pytest.mark.filterwarnings('ignore:You are using weight_decay')     # optimi's
 SKIP = 'is not installed: its optimizers are no reference'
@@ -37,6 +39,7 @@ def optimi(name, **kw):
     def make(ps, **more):
         return getattr(pytest.importorskip('optimi', reason=f'optimi {SKIP}'), name)(ps, **{**dict(lr=LR), **kw, **more})
     return make
+def apart(make): return partial(judge.Apart, make)            # for a reference that counts the steps of a whole group
 def of(cls, **kw): return partial(cls, **{**dict(lr=LR), **kw})
 
 
@@ -45,6 +48,8 @@ M, MW = dict(momentum=0.9), dict(momentum=0.9, weight_decay=0.1)
 FAST = dict(mom=0.8, sqr_mom=0.95, eps=1e-3, wd=0.1)
 REL = dict(weight_decay=0.1/LR)                     # lambda*lr/lr0 is lr*(lambda/lr0)
 LION = dict(betas=(0.8, 0.95), **WD)
+TRUST, LAYERS, UNCLIPPED = dict(trust_coeff=0.5), dict(always_adapt=True), dict(always_adapt=True, max_grad_norm=None)
+SHORT = dict(betas=(0.5, 0.95), eps=1e-3)            # under which LAMB's ratio stays below 10, where fastai's ends
 FREE = dict(weight_decay=0.1, decouple_lr=True, max_lr=LR)
 # name: factory, its hyperparameters, the independent implementations it must equal
 CASES = {
@@ -72,6 +77,14 @@ CASES = {
     'AdamW, amsgrad, maximize': ('AdamW', BOTH | WD | dict(amsgrad=True, maximize=True),
                                  dict(torch=of(T.AdamW, amsgrad=True, maximize=True, **BOTH, **WD))),
     'DecoupledAdamW': ('DecoupledAdamW', BOTH | WD, dict(torch=of(T.AdamW, **BOTH, **REL))),
+    'LARS, plain': ('LARS', TRUST, dict(timm=of(timm.Lars, **TRUST, **LAYERS), fastai=fastai('Larc', mom=0., clip=False, **TRUST))),
+    'LARS': ('LARS', MW | TRUST | dict(eps=1e-3), dict(timm=of(timm.Lars, eps=1e-3, **MW, **TRUST, **LAYERS))),
+    'LARS, the default trust_coeff': ('LARS', dict(lr=5., dampening=0.3, **MW), dict(timm=of(timm.Lars, lr=5., dampening=0.3, **MW, **LAYERS))),
+    'LARS, Nesterov': ('LARS', MW | TRUST | dict(nesterov=True), dict(timm=of(timm.Lars, nesterov=True, **MW, **TRUST, **LAYERS))),
+    'LAMB': ('LAMB', BOTH | WD, dict(timm=apart(of(timm.Lamb, **BOTH, **WD, **UNCLIPPED)))),
+    'LAMB, the defaults': ('LAMB', {}, dict(timm=apart(of(timm.Lamb, **UNCLIPPED)))),
+    'LAMB, no decay': ('LAMB', SHORT | dict(weight_decay=0.), dict(timm=apart(of(timm.Lamb, **SHORT, weight_decay=0., **UNCLIPPED)),
+                                                                   fastai=fastai('Lamb', **FAST | dict(mom=0.5, wd=0.)))),
     'DecoupledAdamW, amsgrad': ('DecoupledAdamW', BOTH | WD | dict(amsgrad=True), dict(torch=of(T.AdamW, amsgrad=True, **BOTH, **REL))),
 }
 NO_REFERENCE = {}                                   # name of an exported optimizer: why nobody else has it
@@ -113,6 +126,48 @@ def test_numbers_of_optimi(name, reference):
         return path
     assert max_diff(run(of(getattr(optim, name), **BOTH, **WD)), run(reference)) < 1e-12
     with pytest.raises(AssertionError): judge.has_the_reference_numbers(of(getattr(optim, name), **BOTH, **WD), reference)
+
+
+def test_lamb_of_fastai():
+    "Its decay stands before Adam, outside of the ratio: the same steps in another order. And it caps the ratio at 10."
+    def make(ps, **kw): return StepOptimizer(ps, [decay, adam, trust, sgd], **{**dict(lr=LR), **SHORT, **WD, **kw})
+    judge.has_the_reference_numbers(make, fastai('Lamb', **FAST | dict(mom=0.5)))
+    with pytest.raises(AssertionError): judge.has_the_reference_numbers(of(optim.LAMB, **SHORT, **WD), fastai('Lamb', **FAST | dict(mom=0.5)))
+    with pytest.raises(AssertionError): judge.has_the_reference_numbers(partial(make, betas=(0.8, 0.95)), fastai('Lamb', **FAST))
+    def capped(p, g, state): return g*torch.minimum(p.norm()/g.norm(), torch.tensor(10.))
+    def with_cap(ps, **kw): return StepOptimizer(ps, [decay, adam, capped, sgd], **{**dict(lr=LR), **BOTH, **WD, **kw})
+    judge.has_the_reference_numbers(with_cap, fastai('Lamb', **FAST))
+
+
+def of_zeros(make, dtype=torch.float64):
+    "Steps with weights of 0, gradients of 0, both, and neither."
+    ps = [p.requires_grad_() for p in (torch.zeros(3, dtype=dtype), leaves(dtype=dtype)[0].detach(), torch.zeros(3, dtype=dtype), leaves(dtype=dtype)[1].detach())]
+    opt = make(ps)
+    for t in range(5):
+        judge.feed(ps, t)
+        for p in ps[1:3]: p.grad.zero_()
+        opt.step()
+    return ps
+
+@pytest.mark.parametrize('speed', SPEEDS)
+@pytest.mark.parametrize('case', ['LARS', 'LARS, plain', 'LAMB', 'LAMB, no decay'])
+def test_layers_of_zeros(case, speed):
+    "The factor is 1 where weights or update are 0, as in timm; and a list of tensors has the bits of the loop."
+    make, reference = make_of(case, speed), CASES[case][2]['timm']
+    assert max_diff(of_zeros(make), of_zeros(reference)) < 1e-12
+    assert max_diff(of_zeros(make, torch.float32), of_zeros(make_of(case), torch.float32)) == 0.
+    def bare(p, g, state): return g*(p.norm()/g.norm())
+    assert not max_diff(of_zeros(partial(StepOptimizer, steps=[adam, bare, sgd], lr=LR)), of_zeros(reference)) < 1e-6       # NaN
+
+
+def test_the_ratios_can_be_recorded():
+    "No step of theirs asks a tensor for its value, its shape or its length: a recorder of operations runs it."
+    for step in lars, trust:
+        recorded = torch.fx.symbolic_trace(lambda p, g: step(p, g, {}))
+        p, g = leaves((3,), (3,))
+        assert torch.equal(recorded(p, 2*g), step(p, 2*g, {}))
+    def branches(p, g): return g if p.norm() > 0 else p
+    with pytest.raises(torch.fx.proxy.TraceError): torch.fx.symbolic_trace(branches)
 
 
 @pytest.mark.parametrize('case,library', PAIRS)
@@ -300,6 +355,9 @@ def test_a_step_that_changes_the_gradient():
 
 @pytest.mark.parametrize('make,words', [
     (lambda w: optim.DecoupledSGDW([w]), ['lr']),                              # Python's own sentence
+    (lambda w: optim.LARS([w]), ['lr']),
+    (lambda w: optim.LARS([w], lr=1., nesterov=True), ['nesterov', 'momentum']),
+    (lambda w: optim.LARS([w], lr=1., trust_coeff=-1.), ['trust_coeff', '-1.0']),
     (lambda w: StepOptimizer([w], [sgd]), ['lr is missing', 'sgd', 'lr=...']),
     (lambda w: optim.AdamW([w], betas=(0.9, 1.)), ['betas', '(0.9, 1.0)']),
     (lambda w: optim.AdamW([w], betas=(0.9, float('nan'))), ['betas', 'nan']),
