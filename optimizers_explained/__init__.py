@@ -4,19 +4,24 @@ Modules:
 
 - `optimizers_explained.adam`: Two averages, one division, and a small number whose place decides more than its size.
 - `optimizers_explained.basic`: What one update changes, what a training loop adds, and a small SGD worth keeping.
+- `optimizers_explained.build`: From source to something that can be called: compiled once, kept in a private folder, and called with addresses.
 - `optimizers_explained.callback`: fastai's design, rebuilt: the optimizer keeps the books, and a list of small functions does the work.
 - `optimizers_explained.checkpoint`: What an optimizer saves, what goes wrong when it is loaded, and how to move between libraries without losing the momentum.
 - `optimizers_explained.checks`: What an optimizer refuses, wherever it can before anything has changed, and how it says so.
 - `optimizers_explained.composer`: MosaicML Composer's two optimizers, rebuilt line by line, with the same numbers and five repairs.
 - `optimizers_explained.contract`: What must any torch optimizer do that nobody writes down?
 - `optimizers_explained.core`: An optimizer written as a list of tiny functions that is still a real `torch.optim.Optimizer`.
+- `optimizers_explained.fused`: Which parameters run in a kernel, which in Python, and how a reader is told.
 - `optimizers_explained.groups`: Parameter groups on a real ResNet and a real ViT: weight decay, layer decay, discriminative rates, freezing, and timm's factory building our optimizers.
 - `optimizers_explained.judge`: A falling loss proves little. What does, in functions of a few lines.
+- `optimizers_explained.kernels`: A recording becomes one C++ or Triton function that touches each element once.
 - `optimizers_explained.manners`: What a training loop expects of `step()`: gradients, groups, schedulers, scalers.
-- `optimizers_explained.multi_tensor`: The same steps on one tensor, or on a list of tensors at once.
+- `optimizers_explained.multi_tensor`: The same steps on one tensor, on a list of tensors, or in one kernel made from them.
+- `optimizers_explained.operations`: What a step computes with, written down: numbers as Python source, operations as expressions.
 - `optimizers_explained.optim`: `from optimizers_explained import optim`: torch's names, argument names, order and defaults.
 - `optimizers_explained.problems`: Four small problems on which an optimizer shows what it does, and the tables and plots every page uses.
 - `optimizers_explained.race`: Four optimizers, one network, one set of batches: with the right translation they end at the same weights.
+- `optimizers_explained.recorder`: Steps run once on stand-ins that write down what is done to them.
 - `optimizers_explained.rosetta`: Recipes translated between torch, Composer, fastai, timm and optimi, and every entry of the table run on both sides.
 - `optimizers_explained.trust`: A step is measured against the weights that it changes. Then the size of the gradient cancels, and a weight of 0 becomes a special case."""
 

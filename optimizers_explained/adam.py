@@ -31,7 +31,7 @@ def adam(p, g, state, *, betas=(0.9, 0.999), eps=1e-8, amsgrad=False):
     m = state['exp_avg'].lerp_(g, 1 - betas[0])
     v = state['exp_avg_sq'].mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
     if amsgrad: v = state['max_exp_avg_sq'] = torch.maximum(state.get('max_exp_avg_sq', v), v)
-    c = 1 - betas[0]**t
+    c = 1 - betas[0]**t                                 # above and below the line; from the root on in place, so that one tensor is allocated
     return v.sqrt().mul_(c/(1 - betas[1]**t)**0.5).add_(eps*c).reciprocal_().mul_(m)
 
 # %% ../nbs/11_adam.ipynb #6fb4a329
@@ -44,7 +44,7 @@ def Adam(
     amsgrad=False, # divide by the largest average of `g**2` so far
     *,
     maximize=False, # climb instead of descending
-    **options # for `StepOptimizer`: `foreach`, `debug`
+    **options # for `StepOptimizer`: `foreach`, `fused`, `debug`
 ) -> StepOptimizer:
     "Adam with L2 regularization (Kingma and Ba, 2015), equal to `torch.optim.Adam` up to rounding."
     return StepOptimizer(params, [flip, l2, adam, sgd], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize, **options)
@@ -59,7 +59,7 @@ def AdamW(
     amsgrad=False, # divide by the largest average of `g**2` so far
     *,
     maximize=False, # climb instead of descending
-    **options # for `StepOptimizer`: `foreach`, `debug`
+    **options # for `StepOptimizer`: `foreach`, `fused`, `debug`
 ) -> StepOptimizer:
     "Adam with decoupled weight decay (Loshchilov and Hutter, 2019) by `lr*weight_decay`, equal to `torch.optim.AdamW` up to rounding."
     return StepOptimizer(params, [flip, decay, adam, sgd], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize, **options)
@@ -72,7 +72,7 @@ def DecoupledAdamW(
     eps=1e-8, # added to the root, >= 0
     weight_decay=1e-5, # share of a weight lost per step at the first `lr`, >= 0
     amsgrad=False, # divide by the largest average of `g**2` so far
-    **options # for `StepOptimizer`: `foreach`, `debug`
+    **options # for `StepOptimizer`: `foreach`, `fused`, `debug`
 ) -> StepOptimizer:
     "Adam with weight decay by `weight_decay * lr/lr0`, equal to `composer.DecoupledAdamW`."
     return StepOptimizer(params, [decay_rel, adam, sgd], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, **options)

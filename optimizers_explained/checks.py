@@ -17,7 +17,7 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/checks.html.md
 
 # %% auto #0
 __all__ = ['NONNEGATIVE', 'takes', 'check_value', 'check_hypers', 'name_of', 'as_list', 'check_params', 'with_lr0', 'check_group',
-           'check_update', 'Checked', 'check_dense']
+           'check_update', 'Checked', 'check_dense', 'check_speed', 'check_capture']
 
 # %% ../nbs/09a_checks.ipynb #07836fc3
 import inspect
@@ -152,11 +152,10 @@ def check_update(
     got, want = _shape(d), _shape(p)
     if got == want: return d
     if got is None: raise TypeError(f"step {name_of(step)} must return a tensor or None, got {type(d).__name__}")
-    raise ValueError(f"step {name_of(step)} must return an update of shape {want}, got {got}")
+    raise ValueError(f"step {name_of(step)} must return an update of shape {_plain(want)}, got {_plain(got)}")
 
-def _shape(o): # of a tensor, or those of a list of tensors; None for anything else
-    if isinstance(o, Tensor): return tuple(o.shape)
-    return [tuple(s) for s in o.shapes] if hasattr(o, 'shapes') else None
+def _shape(o): return o.shape if isinstance(o, Tensor) else getattr(o, 'shapes', None) # of a tensor, or those of a list of tensors; None for anything else
+def _plain(shape): return tuple(shape) if isinstance(shape, torch.Size) else list(map(tuple, shape))
 
 class Checked:
     "A step that reports itself when it changes `g` in place: what `debug=True` wraps around every step."
@@ -172,15 +171,30 @@ class Checked:
 # %% ../nbs/09a_checks.ipynb #1d104fe4
 def check_dense(
     group:dict, # a parameter group
-):
+) -> list: # its parameters that have a gradient
     "Raise a `ValueError` that names the parameter, if a gradient of `group` is sparse."
-    for i, p in enumerate(group['params']):
-        if p.grad is not None and p.grad.layout is not torch.strided:
+    live = [p for p in group['params'] if p.grad is not None]
+    for p in live:
+        if p.grad.layout is not torch.strided:
+            i = next(i for i, q in enumerate(group['params']) if q is p)
             raise ValueError(f"params[{i}] (shape {tuple(p.shape)}) has a sparse gradient: steps need dense ones; use sparse=False in the embedding, or torch.optim.SparseAdam")
+    return live
 
-def check_speed(foreach, fused, debug=False):
-    "Raise an error that says what to do, if the steps cannot be run this way."
+# %% ../nbs/09a_checks.ipynb #e38f2b20
+def check_speed(
+    foreach, # `True`, `False`, or `None` to leave it to the device
+    fused, # `True`, `False` or `None`
+    debug=False, # whether every step is watched
+):
+    "Raise a `TypeError` or `ValueError` that says what to do, if the steps cannot be run this way."
     for name, value in dict(foreach=foreach, fused=fused).items():
         if value not in (None, True, False): raise TypeError(f"{name} must be True, False or None, got {value!r}")
     if foreach and fused: raise ValueError("foreach=True and fused=True exclude each other: pass one of them")
     if fused and debug: raise ValueError("debug=True watches every step, and fused=True runs them all in one kernel: pass one of them")
+
+def check_capture(
+    params, # those to be stepped
+):
+    "Raise a `RuntimeError` if a CUDA graph is being captured."
+    if params and params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("step() in a CUDA graph would repeat the lr and the step count of this moment at every replay: call it outside the graph")

@@ -23,7 +23,7 @@ __all__ = ['StepOptimizer', 'flip', 'l2', 'decay', 'decay_rel', 'sgd', 'momentum
 # %% ../nbs/09_core.ipynb #8d4cc81d
 import torch
 from .checkpoint import prepare
-from .checks import Checked, as_list, check_dense, check_speed, check_group, check_hypers, check_update, name_of, takes
+from .checks import Checked, as_list, check_dense, check_group, check_hypers, check_speed, check_update, name_of, takes
 from .fused import Memo, arrange
 
 # %% ../nbs/09_core.ipynb #b2cdb16d
@@ -34,7 +34,7 @@ class StepOptimizer(torch.optim.Optimizer):
         steps, # the steps, in the order they run
         *,
         foreach=None, # run the steps on lists of parameters instead of one by one; by default on CUDA only
-        fused=None, # run all steps in one kernel made of them; by default never
+        fused=None, # run them all in one kernel, built from the steps; by default never
         debug=False, # report a step that changes a gradient in place
         **hypers, # values for the keyword-only arguments of the steps; a `TypeError` if unknown or missing
     ):
@@ -53,12 +53,11 @@ class StepOptimizer(torch.optim.Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
-        for group in self.param_groups: check_dense(group)
-        for group in self.param_groups: self.run(group, [p for p in group['params'] if p.grad is not None])
+        for group, params in [(g, check_dense(g)) for g in self.param_groups]: self.run(group, params)
         return loss
 
     def run(self, group, params):
-        "Run the steps with the hyperparameters of `group` on `params`, one by one or list by list."
+        "Run the steps with the hyperparameters of `group` on `params`: one by one, list by list, or in a kernel."
         calls = [(f, {k: group[k] for k in takes(f)}) for f in self.steps]
         for p, g, state in arrange(self, calls, params):
             for f, hypers in calls:

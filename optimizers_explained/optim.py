@@ -36,7 +36,7 @@ def SGD(
     nesterov=False, # step along `g + momentum*buffer`; a `ValueError` unless momentum > 0 and dampening is 0
     *,
     maximize=False, # climb instead of descending
-    **options # for `StepOptimizer`: `foreach`, `debug`
+    **options # for `StepOptimizer`: `foreach`, `fused`, `debug`
 ) -> StepOptimizer:
     "SGD with L2 regularization, equal to `torch.optim.SGD`."
     check_nesterov(nesterov, momentum, dampening)
@@ -53,7 +53,7 @@ def SGDW(
     nesterov=False, # step along `g + momentum*buffer`; a `ValueError` unless momentum > 0 and dampening is 0
     *,
     maximize=False, # climb instead of descending
-    **options # for `StepOptimizer`: `foreach`, `debug`
+    **options # for `StepOptimizer`: `foreach`, `fused`, `debug`
 ) -> StepOptimizer:
     "SGD with decoupled weight decay by `lr*weight_decay` (Loshchilov and Hutter, 2019), equal to timm's `SGDW` and fastai's `SGD`."
     check_nesterov(nesterov, momentum, dampening)
@@ -68,7 +68,7 @@ def DecoupledSGDW(
     dampening=0, # the buffer takes in `(1-dampening)*g` from the second step on
     weight_decay=0, # share of a weight lost per step at the first `lr`, >= 0
     nesterov=False, # step along `g + momentum*buffer`; a `ValueError` unless momentum > 0 and dampening is 0
-    **options # for `StepOptimizer`: `foreach`, `debug`
+    **options # for `StepOptimizer`: `foreach`, `fused`, `debug`
 ) -> StepOptimizer:
     "SGD with weight decay by `weight_decay * lr/lr0`, equal to `composer.DecoupledSGDW`."
     check_nesterov(nesterov, momentum, dampening)
@@ -83,7 +83,7 @@ def Lion(
     weight_decay=0., # each step takes `lr*weight_decay` off every weight, >= 0
     *,
     maximize=False, # climb instead of descending
-    **options # for `StepOptimizer`: `foreach`, `debug`
+    **options # for `StepOptimizer`: `foreach`, `fused`, `debug`
 ) -> StepOptimizer:
     "Lion (Chen et al., 2023), equal to timm's `Lion`."
     return StepOptimizer(params, [flip, decay, lion, sgd], lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize, **options)
