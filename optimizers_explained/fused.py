@@ -128,7 +128,7 @@ class Layout:
     def fits(self, columns): # the tensors that were checked, at the same addresses
         return len(columns) == len(self.columns) and all(map(operator.is_, columns, self.columns)) and list(map(addresses, columns)) == self.pointers
 
-# %% ../nbs/10e_fused.ipynb #ba399039
+# %% ../nbs/10e_fused.ipynb #22eba62e
 def fuse(
     memo:Memo, # of the optimizer
     calls, # pairs of a step and its hyperparameters by name
@@ -154,6 +154,7 @@ def arrange(
 ): # yields `(p, g, state)`
     "The arguments for each call of the steps that Python is to make: one parameter at a time, a list at a time, or none where a kernel has run."
     check_capture(params)
+    if not params: return
     lists = all(p.is_cuda for p in params) if opt.foreach is None else opt.foreach
     if not (lists or opt.fused):
         for p in params: yield p, p.grad, opt.state[p]

@@ -18,7 +18,8 @@ from optimizers_explained.judge import ROWS, leaves, refused, train, trained
 from optimizers_explained.problems import max_diff
 from optimizers_explained.trust import lars, trust
 
-pytestmark = pytest.mark.filterwarnings('ignore:You are using weight_decay')     # optimi's
+pytestmark = [pytest.mark.filterwarnings('ignore:You are using weight_decay'),     # optimi's
+              pytest.mark.filterwarnings('ignore:fused=True, and still')]           # some rows ask for what has no kernel; which, is tested in test_fused
 SKIP = 'is not installed: its optimizers are no reference'
 timm = pytest.importorskip('timm.optim', reason=f'timm {SKIP}')
 LR = 0.05
@@ -94,7 +95,7 @@ CASES |= {name: (name, contract.exercised(getattr(optim, name)).keywords, {})
 ALONE = [r for r in ROWS if 'reference' not in inspect.signature(ROWS[r]).parameters]
 
 
-SPEEDS = dict(loop=dict(foreach=False), foreach=dict(foreach=True))      # one definition, run in several ways: every row for each
+SPEEDS = dict(loop=dict(foreach=False), foreach=dict(foreach=True), fused=dict(fused=True))      # one definition, run in several ways: every row for each
 PAIRS = [(c, lib) for c in CASES for lib in CASES[c][2]]
 
 
@@ -152,10 +153,10 @@ def of_zeros(make, dtype=torch.float64):
 @pytest.mark.parametrize('speed', SPEEDS)
 @pytest.mark.parametrize('case', ['LARS', 'LARS, plain', 'LAMB', 'LAMB, no decay'])
 def test_layers_of_zeros(case, speed):
-    "The factor is 1 where weights or update are 0, as in timm; and a list of tensors has the bits of the loop."
+    "The factor is 1 where weights or update are 0, as in timm; a list of tensors has the bits of the loop, a kernel its numbers."
     make, reference = make_of(case, speed), CASES[case][2]['timm']
     assert max_diff(of_zeros(make), of_zeros(reference)) < 1e-12
-    assert max_diff(of_zeros(make, torch.float32), of_zeros(make_of(case), torch.float32)) == 0.
+    assert max_diff(of_zeros(make, torch.float32), of_zeros(make_of(case), torch.float32)) <= (1e-6 if speed == 'fused' else 0.)
     def bare(p, g, state): return g*(p.norm()/g.norm())
     assert not max_diff(of_zeros(partial(StepOptimizer, steps=[adam, bare, sgd], lr=LR)), of_zeros(reference)) < 1e-6       # NaN
 
