@@ -1,0 +1,364 @@
+"""`fused=True` and `foreach=True` against the loop: numbers, state that moves between the three, fallbacks, processes, sharded parameters, and Triton's interpreter."""
+import os
+import re
+import subprocess
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from optimizers_explained import build, fused, optim
+from optimizers_explained.adam import adam
+from optimizers_explained.checks import takes
+from optimizers_explained.contract import exercised
+from optimizers_explained.core import StepOptimizer, decay, ema, l2, momentum, sgd
+from optimizers_explained.problems import max_diff
+from optimizers_explained.trust import lars, trust
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = (3,), (2, 4), (100, 70), (5, 5, 3, 3), (7,), (), (0, 3), (40_000,)
+WAYS = dict(loop=dict(foreach=False), foreach=dict(foreach=True), fused=dict(fused=True))
+REASON = 'fused=True, and still some parameters are stepped without a kernel: '
+
+
+# --- steps in every style
+def functional(p, g, state, *, beta=0.9):
+    state['sum'] = state['sum']*beta + g if 'sum' in state else g.clone()
+    return state['sum']
+
+def clip_norm(p, g, state, *, longest=0.1): return g*(longest/g.norm().clamp(min=longest))
+
+def lookahead(p, g, state, *, k=5, alpha=0.5):
+    if 'slow' not in state: state.update(slow=p.detach().clone(), count=0)
+    state['count'] += 1
+    if state['count'] % k == 0: p.copy_(state['slow'].add_(p - state['slow'], alpha=alpha))
+
+def radam(p, g, state, *, lr, betas=(0.9, 0.99), eps=1e-5):
+    if 'm' not in state: state.update(m=torch.zeros_like(p), v=torch.zeros_like(p), t=0)
+    t, (b1, b2), m, v = state['t'] + 1, betas, state['m'], state['v']
+    state['t'] = t
+    m.mul_(b1).add_(g, alpha=1 - b1), v.mul_(b2).addcmul_(g, g, value=1 - b2)
+    longest = 2/(1 - b2) - 1
+    r = longest - 2*t*b2**t/(1 - b2**t)
+    if r > 5:
+        import math
+        c = math.sqrt((r - 4)*(r - 2)*longest/((longest - 4)*(longest - 2)*r))
+        p.addcdiv_(m, (v/(1 - b2**t)).sqrt() + eps, value=-lr*c/(1 - b1**t))
+    else: p.add_(m, alpha=-lr/(1 - b1**t))
+
+def cautious(p, g, state, *, lr):
+    m = state['m'] = torch.lerp(state['m'], g, 0.1) if 'm' in state else g*0.1
+    mask = (m*g > 0).to(g.dtype)
+    u = torch.maximum(m.abs(), g.abs())**2
+    p -= lr*(m/(u.sqrt() + 1e-3)).clamp(-1, 1)*mask/mask.mean().clamp(min=1e-3)
+    p += lr*torch.where((g > 0) & ~(m > 0), g.sign(), torch.zeros_like(g))
+
+def centralized(p, g, state): return g - g.mean() if g.ndim > 1 else g
+
+CHAINS = dict(lars=[lars, momentum, sgd], lamb=[adam, l2, trust, sgd], lookahead=[decay, adam, sgd, lookahead], radam=[decay, radam], functional=[decay, functional, sgd],
+              clip=[clip_norm, decay, momentum, sgd], cautious=[cautious], centralized=[centralized, ema, sgd])
+
+
+def of_steps(steps, ps, **kw):
+    known = {k for f in steps for k in takes(f)}
+    return StepOptimizer(ps, steps, **{k: v for k, v in dict(lr=0.01, weight_decay=0.01, momentum=0.9, trust_coeff=1.).items() if k in known}, **kw)
+
+
+def leaves(dtype=torch.float32, shapes=None):
+    gen = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=gen).to(dtype).requires_grad_() for s in shapes or SHAPES]
+
+
+def train(make, steps=14, dtype=torch.float32, at=None, switch=None):
+    "A run with a schedule of lr and momentum, one parameter that joins late and one that skips steps; `switch(opt)` at step `at`."
+    ps, gen = leaves(dtype), torch.Generator().manual_seed(2)
+    opt = make(ps)
+    for t in range(steps):
+        if t == at: opt = switch(opt, ps) or opt
+        for g in opt.param_groups:
+            g['lr'] = 0.01/(t + 1)
+            if g.get('momentum'): g['momentum'] = 0.9 - 0.02*t
+            if 'betas' in g: g['betas'] = (0.9 - 0.02*t, *g['betas'][1:])
+        for i, p in enumerate(ps): p.grad = None if (i == 0 and t < 3) or (i == 4 and t % 3 == 1) else torch.randn(p.shape, generator=gen).to(dtype)
+        opt.step()
+    opt.ps = ps
+    return opt
+
+
+def programs(opt): return [p for found in opt.memo.programs.values() for p in found]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('name', CHAINS)
+def test_steps_in_any_style(name, dtype):
+    "Loop and foreach have the same bits, the kernel the same numbers, and a kernel it is."
+    loop, lists, kernel = (train(partial(of_steps, CHAINS[name], **way), dtype=dtype) for way in WAYS.values())
+    assert max_diff(loop.ps, lists.ps) == 0.
+    assert max_diff(loop.ps, kernel.ps) <= {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 0.02}[dtype]
+    assert {p.reason for p in programs(kernel)} <= {None, ''} and None in {p.reason for p in programs(kernel)}
+    assert max_diff(loop.ps, leaves(dtype)) > 1e-3                                 # they moved
+    with pytest.raises(AssertionError): assert max_diff(kernel.ps, train(partial(of_steps, CHAINS[name], fused=True), steps=13, dtype=dtype).ps) <= 1e-6
+
+
+@pytest.mark.parametrize('name', optim.__all__)
+def test_every_optimizer(name):
+    make = exercised(getattr(optim, name))
+    loop, lists, kernel = (train(partial(make, **way)) for way in WAYS.values())
+    assert max_diff(loop.ps, lists.ps) == 0. and max_diff(loop.ps, kernel.ps) <= 1e-6
+    assert {p.reason for p in programs(kernel)} <= {None, ''} and None in {p.reason for p in programs(kernel)}
+    assert max_diff(loop.ps, train(partial(make, weight_decay=0.2, fused=True)).ps) > 1e-5
+
+
+@pytest.mark.parametrize('how', ['attributes', 'checkpoint'])
+@pytest.mark.parametrize('after', WAYS)
+@pytest.mark.parametrize('before', WAYS)
+@pytest.mark.parametrize('name', ['SGD', 'AdamW', 'LAMB'])
+def test_switching_mid_run(name, before, after, how):
+    make = exercised(getattr(optim, name))
+    def by_attributes(opt, ps): opt.foreach, opt.fused = WAYS[after].get('foreach'), WAYS[after].get('fused')
+    def by_checkpoint(opt, ps):
+        new = make(ps, **WAYS[after])
+        new.load_state_dict(opt.state_dict())
+        return new
+    tol = 0. if 'fused' not in (before, after) else 1e-6
+    switched = train(partial(make, **WAYS[before]), at=7, switch=by_attributes if how == 'attributes' else by_checkpoint)
+    assert max_diff(switched.ps, train(make).ps) <= tol
+    assert {k for s in switched.state.values() for k in s} == {k for s in train(make).state.values() for k in s}
+    def loses(opt, ps): return make(ps, **WAYS[after])
+    assert max_diff(train(partial(make, **WAYS[before]), at=7, switch=loses).ps, train(make).ps) > 1e-5
+
+
+def test_mixed_dtypes_and_layouts():
+    "One group with three dtypes, a channels-last weight and a transposed one: all in kernels."
+    def run(**way):
+        gen = torch.Generator().manual_seed(0)
+        ps = [torch.randn(4, 3, generator=gen), torch.randn(4, 3, generator=gen).double(), torch.randn(4, 3, generator=gen).bfloat16(),
+              torch.randn(4, 3, 2, 2, generator=gen).to(memory_format=torch.channels_last), torch.randn(3, 4, generator=gen).T]
+        ps = [p.requires_grad_() for p in ps]
+        opt = optim.AdamW(ps, lr=0.01, **way)
+        for _ in range(4):
+            for p in ps: p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=gen))
+            opt.step()
+        return ps, opt
+    (a, _), (b, opt) = run(), run(fused=True)
+    assert max_diff(a[:2] + a[3:], b[:2] + b[3:]) < 1e-6 and max_diff(a[2:3], b[2:3]) < 0.01
+    assert {p.reason for p in programs(opt)} == {None, ''} and not opt.memo.told - {''}
+
+
+def test_moved_and_replaced_memory():
+    "`p.data = ...`, a replaced state and new gradients are noticed."
+    def run(**way):
+        ps = leaves()
+        opt = optim.SGD(ps, lr=0.1, momentum=0.9, **way)
+        for t in range(6):
+            for p in ps: p.grad = torch.full_like(p, t + 1.)
+            if t == 3: ps[1].data = ps[1].data.clone()*2
+            if t == 4: opt.state[ps[2]]['momentum_buffer'] = torch.ones_like(ps[2])
+            opt.step()
+        return ps
+    assert max_diff(run(), run(fused=True)) == 0. == max_diff(run(), run(foreach=True))
+
+
+def warned(opt, steps=3):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        for _ in range(steps): opt.step()
+    return [str(w.message).removeprefix(REASON) for w in caught]
+
+
+def with_grads(n=3):
+    ps = leaves(shapes=[(4, 4)]*n)
+    for p in ps: p.grad = torch.ones_like(p)
+    return ps
+
+
+def unique(p, g, state, *, scale=1.):                                              # a kernel that nothing else builds
+    return g*scale*scale*scale*scale*scale
+
+
+@pytest.mark.parametrize('what', ['no compiler', 'folder cannot be made', 'folder is open', 'compiler fails', 'another system'])
+def test_what_is_missing(what, tmp_path, monkeypatch):
+    "The steps run as a loop, with one warning, and no file is left."
+    build.compiler.cache_clear()
+    monkeypatch.setattr(build, 'KERNELS', {})
+    monkeypatch.setenv('OPTIMIZERS_EXPLAINED_CACHE', str(tmp_path/'kernels'))
+    if what == 'no compiler': monkeypatch.setenv('PATH', str(tmp_path)); monkeypatch.delenv('CXX', raising=False)
+    if what == 'folder cannot be made': (tmp_path/'file').touch(); monkeypatch.setenv('OPTIMIZERS_EXPLAINED_CACHE', str(tmp_path/'file'/'kernels'))
+    if what == 'folder is open': (tmp_path/'kernels').mkdir(mode=0o777); (tmp_path/'kernels').chmod(0o777)
+    if what == 'compiler fails': (tmp_path/'bad').write_text('#!/bin/sh\nexit 1\n'); (tmp_path/'bad').chmod(0o755); monkeypatch.setenv('CXX', str(tmp_path/'bad'))
+    if what == 'another system': monkeypatch.setattr(build, 'FLAGS', (*build.FLAGS, '--no-such-flag'))
+    a, b = with_grads(), with_grads()
+    told = warned(StepOptimizer(a, [unique, momentum, sgd], lr=0.1, momentum=0.9, fused=True))
+    other = StepOptimizer(b, [unique, momentum, sgd], lr=0.1, momentum=0.9)
+    for _ in range(3): other.step()
+    build.compiler.cache_clear()
+    assert len(told) == 1 and {'no compiler': 'there is no C++ compiler', 'folder cannot be made': 'cannot be made', 'folder is open': 'is open to others'}.get(what, 'cannot build it') in told[0]
+    assert max_diff(a, b) == 0.
+    assert not list(tmp_path.glob('kernels/*'))
+
+
+def test_a_read_only_folder(tmp_path):
+    "As another user than root, who may write anywhere."
+    code = f'''
+import os, torch, warnings
+from optimizers_explained import optim
+folder = {str(tmp_path/'kernels')!r}
+p = torch.ones(3, requires_grad=True); p.grad = torch.ones(3)
+opt = optim.SGD([p], lr=0.5)
+opt.step(), p.data.fill_(1.)                                # torch imports much at the first step, as the user who may
+os.environ['OPTIMIZERS_EXPLAINED_CACHE'] = folder
+os.mkdir(folder, 0o500)
+if os.getuid() == 0:
+    for d in list(__import__('pathlib').Path(folder).parents)[:-1]: os.chmod(d, os.stat(d).st_mode | 0o011)
+    os.chown(folder, 65534, 65534); os.setuid(65534)
+opt.fused = True
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    opt.step(), opt.step()
+print(p.tolist(), len(caught), caught[0].message)
+'''
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert out.stdout.startswith('[0.0, 0.0, 0.0] 1') and 'Permission denied' in out.stdout, out.stderr
+
+
+@pytest.mark.parametrize('step,reason', [
+    (lambda p, g, state: g.sort(-1).values, 'sort has no fused form'), (lambda p, g, state: g.mm(g), 'mm has no fused form'),
+    (lambda p, g, state: g*g.norm().item(), 'item has no fused form'), (lambda p, g, state: -g if g.sum() > 0 else g, 'the value of a tensor is not known'),
+    (lambda p, g, state: g/len(g), 'the value of a tensor is not known'), (lambda p, g, state: g*p.shape[0], '.shape is not known'),
+    (lambda p, g, state: g*torch.ones(4, 4), 'neither p, g nor in the state'), (lambda p, g, state: g*torch.rand(()).item(), 'do something else each time'),
+    (lambda p, g, state: torch.stack([g, g])[0], 'stack has no fused form'), (lambda p, g, state: state.__setitem__('old', g), 'is a second name of another tensor')])
+def test_what_has_no_kernel(step, reason):
+    a, b = with_grads(), with_grads()
+    torch.manual_seed(0)
+    told = warned(StepOptimizer(a, [step, sgd], lr=0.1, fused=True))
+    assert len(told) == 1 and reason in told[0] and ('step <lambda>' in told[0]) == (not reason.startswith(('do', 'is')))
+    torch.manual_seed(0)
+    other = StepOptimizer(b, [step, sgd], lr=0.1)
+    for _ in range(3): other.step()
+    if 'rand' not in reason and not reason.startswith('do'): assert max_diff(a, b) == 0.
+
+
+def test_kernels_do_not_depend_on_numbers_or_shapes(monkeypatch):
+    monkeypatch.setattr(build, 'KERNELS', {})
+    for shapes, lr in ((SHAPES, 0.1), (((9, 9),), 0.2), (((2,), (5, 5, 5)), 0.3)):
+        ps = leaves(shapes=shapes)
+        opt = optim.AdamW(ps, lr=lr, fused=True)
+        sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=101)
+        for _ in range(100):
+            for p in ps: p.grad = torch.ones_like(p)
+            opt.step(), sched.step()
+    assert len(build.KERNELS) == 1
+
+
+RACE = '''
+import sys, torch
+from optimizers_explained import build, optim
+p = torch.ones(1000, requires_grad=True); p.grad = torch.ones(1000)
+opt = optim.AdamW([p], lr=0.5, fused=True)
+for _ in range(3): opt.step()
+print(p.sum().item(), len(build.KERNELS), opt.memo.told - {''})
+'''
+
+def test_concurrent_processes(tmp_path):
+    "Several processes build the same kernel at once: all have it, one file remains."
+    env = {**os.environ, 'OPTIMIZERS_EXPLAINED_CACHE': str(tmp_path/'kernels')}
+    runs = [subprocess.Popen([sys.executable, '-c', RACE], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    outs = {r.communicate()[0] for r in runs}
+    assert len(outs) == 1 and outs.pop().endswith('1 set()\n')
+    assert [f.suffix for f in (tmp_path/'kernels').iterdir()] == ['.so'] and (tmp_path/'kernels').stat().st_mode & 0o777 == 0o700
+
+
+SHARDED = '''
+import os, sys, warnings, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from optimizers_explained import optim
+os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=sys.argv[2], RANK=sys.argv[1], WORLD_SIZE='2')
+dist.init_process_group('gloo')
+mesh = init_device_mesh('cpu', (2,))
+def run(name, sharded, **way):
+    gen = torch.Generator().manual_seed(0)
+    ps = [torch.randn(s, generator=gen) for s in ((5, 3), (4,), (1, 2), (6, 2))]
+    place = (lambda t: distribute_tensor(t, mesh, [Shard(0)])) if sharded else (lambda t: t)
+    ps = [place(p).requires_grad_() for p in ps]
+    opt = getattr(optim, name)(ps, lr=0.01, weight_decay=0.1, **way)
+    for t in range(5):
+        for p, s in zip(ps, ((5, 3), (4,), (1, 2), (6, 2))): p.grad = place(torch.randn(s, generator=gen))
+        opt.step()
+    return [p.full_tensor() if sharded else p for p in ps], opt
+for name in 'SGD', 'AdamW', 'Lion', 'LAMB':
+    want, _ = run(name, False)
+    for way in dict(foreach=False), dict(foreach=True), dict(fused=True):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            got, opt = run(name, True, **way)
+        diff = max((a - b).abs().max().item() for a, b in zip(want, got))
+        kernels = sum(p.reason is None for found in opt.memo.programs.values() for p in found)
+        print(name, list(way)[0], way[list(way)[0]], 'close' if diff < 1e-6 else f'{diff:.1e} apart', 'kernel' if kernels and not opt.memo.told - {''} else '', *(str(w.message)[-60:] for w in caught if 'fused' in str(w.message)))
+other = run('SGD', True)[0]
+print('control', max((a - b).abs().max().item() for a, b in zip(want, other)) > 1e-3)
+dist.destroy_process_group()
+'''
+
+def test_sharded_parameters(tmp_path):
+    "DTensors on two processes: in kernels where elements stand alone, as lists and with a warning where a norm is needed."
+    if not torch.distributed.is_available(): pytest.skip('this torch has no distributed package')
+    import socket
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = str(s.getsockname()[1])
+    runs = [subprocess.Popen([sys.executable, '-c', SHARDED, str(r), port], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    outs = [r.communicate(timeout=240) for r in runs]
+    for out, err in outs:
+        lines = out.splitlines()
+        assert len(lines) == 13, err
+        assert all(' close' in line for line in lines[:12]) and lines[12] == 'control True', out
+        assert [line.endswith('kernel') for line in lines[2:12:3]] == [True, True, True, False], out
+        assert 'a norm or sum over a sharded tensor has no fused form' in lines[11]
+
+
+INTERPRETED = '''
+import sys, torch
+sys.path.insert(0, 'tests')
+import test_fused as t
+from optimizers_explained import build, fused
+fused.BACKENDS['cpu'] = build.TritonKernel
+t.SHAPES = (3,), (2, 4), (40, 30), (5, 2, 1, 3), (7,), (), (0, 3)
+for name, steps in t.CHAINS.items():
+    for dtype, tol in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
+        loop, kernel = (t.train(t.partial(t.of_steps, steps, **way), dtype=dtype) for way in (dict(foreach=False), dict(fused=True)))
+        diff = t.max_diff(loop.ps, kernel.ps)
+        assert diff <= tol, (name, dtype, diff)
+        assert {p.reason for p in t.programs(kernel)} == {None, ''}, (name, {p.reason for p in t.programs(kernel)})
+        assert t.max_diff(loop.ps, t.train(t.partial(t.of_steps, steps, fused=True), steps=13, dtype=dtype).ps) > tol
+print('same numbers')
+'''
+
+def test_triton_interpreted():
+    "The kernels for a GPU, run by Triton's interpreter on the CPU."
+    pytest.importorskip('triton', reason='Triton is not installed: its kernels are not tested')
+    out = subprocess.run([sys.executable, '-c', INTERPRETED], cwd=ROOT, env={**os.environ, 'TRITON_INTERPRET': '1'}, capture_output=True, text=True)
+    assert out.stdout == 'same numbers\n', out.stderr[-2000:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('name', optim.__all__)
+def test_on_a_gpu(name):
+    def run(**way):
+        ps = [p.detach().cuda().requires_grad_() for p in leaves()]
+        opt = exercised(getattr(optim, name))(ps, **way)
+        gen = torch.Generator().manual_seed(2)
+        for _ in range(8):
+            for p in ps: p.grad = torch.randn(p.shape, generator=gen).cuda()
+            opt.step()
+        return ps, opt
+    (a, _), (b, opt) = run(foreach=False), run(fused=True)
+    assert max_diff(a, b) < 1e-5 and {p.reason for p in programs(opt)} <= {None, ''}
+
+
+def test_no_number_is_written_into_a_kernel():
+    for name in optim.__all__:
+        for p in programs(train(partial(exercised(getattr(optim, name)), fused=True), steps=4)):
+            if p.reason is None: assert not re.findall(r'\d\.\d', re.sub(r'T\(0\.5\)', '', p.kernel.source))
+    assert fused.LIMIT >= 2
