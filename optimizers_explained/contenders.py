@@ -19,9 +19,8 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/contenders.htm
 __all__ = ['hypers', 'contenders', 'libraries', 'models', 'sets', 'renamed', 'Contender', 'reason', 'Roll', 'roll_call', 'rates',
            'set_rates', 'shapes', 'tensors', 'present']
 
-# %% ../nbs/21a_contenders.ipynb #b6e114c6
+# %% ../nbs/21a_contenders.ipynb #857c07f7
 import math
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
@@ -42,18 +41,23 @@ def renamed(
         out.update(zip(name, v) if isinstance(name, tuple) else {name: v})
     return out
 
-# %% ../nbs/21a_contenders.ipynb #2f8d7bfe
-@dataclass
+# %% ../nbs/21a_contenders.ipynb #8ce09b7b
+def _plain(cls, params, values): return cls(params, **values)
+
 class Contender:
     "An optimizer of some library, built on request."
-    name:str # as the table shows it
-    module:str # where it is imported from, when it is asked for
-    classes:dict # `{SGD, AdamW, Lion or LAMB: its name there}`
-    call:object = lambda cls, params, values: cls(params, **values) # builds it from torch's names
-    compiles:bool = False # it builds kernels in its first steps
-    slow:bool = False # and takes a minute for it
-    only:tuple = ('SGD', 'AdamW', 'Lion', 'LAMB') # what it takes part in
-    works_as:str = None # the optimizer it really is, where that is not the one asked for
+    def __init__(self,
+        name:str, # as the table shows it
+        module:str, # where it is imported from, when it is asked for
+        classes:dict, # `{SGD, AdamW, Lion or LAMB: its name there}`
+        call=_plain, # `call(class, params, values)` builds it from torch's names
+        compiles=False, # it builds kernels in its first steps
+        slow=False, # and takes a minute for it
+        only=tuple(hypers), # what it takes part in
+        works_as=None, # the optimizer that it really is, where that is not the one asked for
+    ):
+        self.name, self.module, self.classes, self.call = name, module, classes, call
+        self.compiles, self.slow, self.only, self.works_as = compiles, slow, only, works_as
 
     def make(self,
         optimizer:str, # SGD, AdamW, Lion or LAMB

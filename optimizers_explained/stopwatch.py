@@ -7,8 +7,8 @@ until the first step is done, and the number of times a step is built again.
 from optimizers_explained.contenders import contenders, tensors
 from optimizers_explained.stopwatch import Runner, alternate, spread
 
-params, grads = tensors([(64, 64)]*20), tensors([(64, 64)]*20, seed=1)
-runners = {k: Runner(contenders[k], 'AdamW', params, grads) for k in ('ours loop', 'torch fused')}
+grads = tensors([(64, 64)]*20)
+runners = {k: Runner(contenders[k], 'AdamW', grads, grads) for k in ('ours loop', 'torch fused')}
 for r in runners.values(): r.first()
 {k: spread(v)['median'] for k, v in alternate(runners, 10).items()}      # seconds, on your machine
 ```
@@ -30,7 +30,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.profiler import ProfilerActivity, profile
 from .contenders import contenders, hypers, rates, set_rates, shapes, tensors
 
-# %% ../nbs/21b_stopwatch.ipynb #75a1fa8f
+# %% ../nbs/21b_stopwatch.ipynb #68b54c01
 def _now(device):
     if device.type == 'cuda': torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -51,7 +51,7 @@ class Runner:
         params:list, # tensors, copied
         grads:list, # tensors, left as they are
     ):
-        self.params = [p.clone().requires_grad_() for p in params]
+        self.params, self.device = [p.clone().requires_grad_() for p in params], params[0].device
         self.contender, self.grads, self.t, self.spoils, self.lr = contender, grads, 0, True, hypers[optimizer]['lr']
         self.opt = contender.make(optimizer, self.params)
 
@@ -61,7 +61,9 @@ class Runner:
         set_rates(self.opt, *rates(self.t, self.lr))
         self.t += 1
 
-    def step(self): "What is timed."; self.opt.step()
+    def step(self):
+        "What is timed."
+        self.opt.step()
 
     def first(self) -> float: # seconds
         "The first step, timed, which also finds out whether this optimizer changes gradients."
@@ -71,10 +73,7 @@ class Runner:
         self.spoils = not all(map(torch.equal, given, self.grads))
         return seconds
 
-    @property
-    def device(self): return self.params[0].device
-
-# %% ../nbs/21b_stopwatch.ipynb #08d8d245
+# %% ../nbs/21b_stopwatch.ipynb #78b5afed
 def alternate(
     runners:dict, # `{name: something with prepare(), step() and device}`
     reps:int, # rounds; in each, everybody steps once
@@ -82,13 +81,11 @@ def alternate(
 ) -> dict: # `{name: [seconds]}`
     "Time one step of each in turn, again and again, in an order that rotates, with Python's garbage collector off."
     names, times = list(runners), {k: [] for k in runners}
-    gc.collect()
-    gc.disable()
+    gc.collect(); gc.disable()
     try:
         for i in range(reps):
             for k in names[i % len(names):] + names[:i % len(names)]:
-                runners[k].prepare()
-                times[k].append(timed(runners[k]))
+                runners[k].prepare(); times[k].append(timed(runners[k]))
             tick()
     finally: gc.enable()
     return times
@@ -126,7 +123,7 @@ def share(
     "How much of the copy speed a step reaches, counting only the bytes that it cannot avoid."
     return moves[optimizer]*nbytes/seconds/speed
 
-# %% ../nbs/21b_stopwatch.ipynb #bc15f6a4
+# %% ../nbs/21b_stopwatch.ipynb #d4b65d96
 def _peak_torch(runner):
     if runner.device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(runner.device)
@@ -147,13 +144,10 @@ def peak_extra(
     runner, # a `Runner` that has made its first steps
 ) -> float: # as a share of the bytes of its parameters
     "The most memory that one step holds beyond what was there before it, tensors and Python's objects."
-    total = 0
-    for peak in (_peak_torch, _peak_python):
-        runner.prepare()
-        total += peak(runner)
-    return total/sum(p.nbytes for p in runner.params)
+    def after_preparing(peak): runner.prepare(); return peak(runner)
+    return sum(map(after_preparing, (_peak_torch, _peak_python)))/sum(p.nbytes for p in runner.params)
 
-# %% ../nbs/21b_stopwatch.ipynb #faa7f789
+# %% ../nbs/21b_stopwatch.ipynb #b0945971
 caches = 'OPTIMIZERS_EXPLAINED_CACHE', 'TORCHINDUCTOR_CACHE_DIR', 'TRITON_CACHE_DIR' # folders in which kernels are kept
 
 def first_two(
@@ -164,8 +158,7 @@ def first_two(
     quick=False, # tiny shapes
 ) -> float: # seconds
     "Time until the first two steps are done, in this process."
-    params, grads = (tensors(shapes(of, quick), device=device, seed=i) for i in (0, 1))
-    runner = Runner(contenders[name], optimizer, params, grads)
+    runner = Runner(contenders[name], optimizer, *(tensors(shapes(of, quick), device=device, seed=i) for i in (0, 1)))
     seconds = runner.first()
     runner.prepare()
     return seconds + timed(runner)
@@ -184,7 +177,7 @@ def cold_and_warm(
         env = {**os.environ, **{k: os.path.join(d, k) for k in caches}}
         return [_seconds(code, env) for _ in range(2)]
 
-# %% ../nbs/21b_stopwatch.ipynb #dc979f67
+# %% ../nbs/21b_stopwatch.ipynb #6604349c
 def _builds():
     from torch._dynamo.utils import counters
     ours = sys.modules.get('optimizers_explained.build')
@@ -202,6 +195,5 @@ def builds_under_onecycle(
     counts = [_builds()]
     for _ in range(steps):
         for p, g in zip(r.params, r.grads): p.grad = g.clone()
-        r.opt.step(); sched.step()
-        counts.append(_builds())
+        r.opt.step(); sched.step(); counts.append(_builds())
     return counts[2] - counts[0], counts[-1] - counts[2]
