@@ -4,11 +4,14 @@ Modules:
 
 - `optimizers_explained.adam`: Two averages, one division, and a small number whose place decides more than its size.
 - `optimizers_explained.basic`: What one update changes, what a training loop adds, and a small SGD worth keeping.
+- `optimizers_explained.bench`: How long does one step take? Ours, torch's and five other libraries, side by side in one process, with what it costs to start and what a perfect step could do.
 - `optimizers_explained.build`: From source to something that can be called: compiled once, kept in a private folder, and called with addresses.
 - `optimizers_explained.callback`: fastai's design, rebuilt: the optimizer keeps the books, and a list of small functions does the work.
 - `optimizers_explained.checkpoint`: What an optimizer saves, what goes wrong when it is loaded, and how to move between libraries without losing the momentum.
 - `optimizers_explained.checks`: What an optimizer refuses, wherever it can before anything has changed, and how it says so.
+- `optimizers_explained.comparison`: Contenders and stopwatch together: everybody steps in turn, and every number is set beside torch's fused step.
 - `optimizers_explained.composer`: MosaicML Composer's two optimizers, rebuilt line by line, with the same numbers and five repairs.
+- `optimizers_explained.contenders`: One list of contenders for the benchmark: what each library calls the optimizer, and how it wants to be told the same thing.
 - `optimizers_explained.contract`: What must any torch optimizer do that nobody writes down?
 - `optimizers_explained.core`: An optimizer written as a list of tiny functions that is still a real `torch.optim.Optimizer`.
 - `optimizers_explained.fused`: Which parameters run in a kernel, which in Python, and how a reader is told.
@@ -23,6 +26,7 @@ Modules:
 - `optimizers_explained.race`: Four optimizers, one network, one set of batches: with the right translation they end at the same weights.
 - `optimizers_explained.recorder`: Steps run once on stand-ins that write down what is done to them.
 - `optimizers_explained.rosetta`: Recipes translated between torch, Composer, fastai, timm and optimi, and every entry of the table run on both sides.
+- `optimizers_explained.stopwatch`: Alternate, take medians, count bytes: the instruments of the benchmark, each tried on a case with a known answer.
 - `optimizers_explained.trust`: A step is measured against the weights that it changes. Then the size of the gradient cancels, and a weight of 0 becomes a special case."""
 
 __version__ = "0.0.1"

@@ -23,7 +23,7 @@ from optimizers_explained.contract import ROWS
 
 MODULES = sorted(m.name for m in pkgutil.iter_modules(pkg.__path__) if not m.name.startswith('_'))
 GENERATED = re.compile(r'nbs/(nbdev\.yml|llms\.txt)|README\.md|optimizers_explained/.*\.py')
-OPTIONAL = 'timm torchvision matplotlib sklearn fastprogress fastai optimi nbdev IPython'.split()
+OPTIONAL = 'timm torchvision matplotlib sklearn fastprogress fastai optimi heavyball pytorch_optimizer nbdev IPython'.split()
 
 def module(name): return importlib.import_module(f'{pkg.__name__}.{name}')
 
@@ -69,7 +69,7 @@ def test_settings_reach_the_metadata(root):
     assert meta['Keywords'].split(',') == facts['keywords'].split()
     assert set(lines(facts['classifiers'])) <= set(meta.get_all('Classifier'))
     own = {k: lines(cfg['extras'][k]) for k in cfg['extras'] if k not in facts}
-    assert {'notebooks', 'test', 'dev'} == set(own) == set(meta.get_all('Provides-Extra'))
+    assert {'notebooks', 'bench', 'test', 'dev'} == set(own) == set(meta.get_all('Provides-Extra'))
     stated = {(str(Requirement(r)), None) for r in lines(cfg['requirements']['runtime'])}
     stated |= {(str(Requirement(r)), k) for k, rs in own.items() for r in rs}
     def split(r):
