@@ -173,12 +173,11 @@ def check_dense(
     group:dict, # a parameter group
 ) -> list: # its parameters that have a gradient
     "Raise a `ValueError` that names the parameter, if a gradient of `group` is sparse."
-    live = [p for p in group['params'] if p.grad is not None]
-    for p in live:
-        if p.grad.layout is not torch.strided:
-            i = next(i for i, q in enumerate(group['params']) if q is p)
+    pairs = [(p, p.grad) for p in group['params']]
+    for i, (p, g) in enumerate(pairs):
+        if g is not None and g.layout is not torch.strided:
             raise ValueError(f"params[{i}] (shape {tuple(p.shape)}) has a sparse gradient: steps need dense ones; use sparse=False in the embedding, or torch.optim.SparseAdam")
-    return live
+    return [p for p, g in pairs if g is not None]
 
 # %% ../nbs/09a_checks.ipynb #e38f2b20
 def check_speed(
