@@ -15,6 +15,7 @@ Modules:
 - `optimizers_explained.groups`: Parameter groups on a real ResNet and a real ViT: weight decay, layer decay, discriminative rates, freezing, and timm's factory building our optimizers.
 - `optimizers_explained.judge`: A falling loss proves little. What does, in functions of a few lines.
 - `optimizers_explained.kernels`: A recording becomes one C++ or Triton function that touches each element once.
+- `optimizers_explained.kinds`: Half precision, complex numbers, sparse gradients, odd layouts: trained like any other, or refused in words.
 - `optimizers_explained.manners`: What a training loop expects of `step()`: gradients, groups, schedulers, scalers.
 - `optimizers_explained.multi_tensor`: The same steps on one tensor, on a list of tensors, or in one kernel made from them.
 - `optimizers_explained.operations`: What a step computes with, written down: numbers as Python source, operations as expressions.
