@@ -4,6 +4,7 @@ Modules:
 
 - `optimizers_explained.adam`: Two averages, one division, and a small number whose place decides more than its size.
 - `optimizers_explained.basic`: What one update changes, what a training loop adds, and a small SGD worth keeping.
+- `optimizers_explained.bookkeeping`: fastai's `Optimizer`, method by method: groups, hyperparameters, state, saving, freezing.
 - `optimizers_explained.build`: From source to something that can be called: compiled once, kept in a private folder, and called with addresses.
 - `optimizers_explained.callback`: fastai's design, rebuilt: the optimizer keeps the books, and a list of small functions does the work.
 - `optimizers_explained.checkpoint`: What an optimizer saves, what goes wrong when it is loaded, and how to move between libraries without losing the momentum.
@@ -24,6 +25,7 @@ Modules:
 - `optimizers_explained.race`: Four optimizers, one network, one set of batches: with the right translation they end at the same weights.
 - `optimizers_explained.recorder`: Steps run once on stand-ins that write down what is done to them.
 - `optimizers_explained.rosetta`: Recipes translated between torch, Composer, fastai, timm and optimi, and every entry of the table run on both sides.
-- `optimizers_explained.trust`: A step is measured against the weights that it changes. Then the size of the gradient cancels, and a weight of 0 becomes a special case."""
+- `optimizers_explained.trust`: A step is measured against the weights that it changes. Then the size of the gradient cancels, and a weight of 0 becomes a special case.
+- `optimizers_explained.wrapper`: fastai's names, slices and freezing for any torch optimizer, which goes on doing its own arithmetic."""
 
 __version__ = "0.0.1"
