@@ -23,8 +23,10 @@ Modules:
 - `optimizers_explained.optim`: `from optimizers_explained import optim`: torch's names, argument names, order and defaults.
 - `optimizers_explained.problems`: Four small problems on which an optimizer shows what it does, and the tables and plots every page uses.
 - `optimizers_explained.race`: Four optimizers, one network, one set of batches: with the right translation they end at the same weights.
+- `optimizers_explained.recipes`: What `weight_decay` means in each of twenty optimizers, every argument with its default, and what is refused.
 - `optimizers_explained.recorder`: Steps run once on stand-ins that write down what is done to them.
 - `optimizers_explained.rosetta`: Recipes translated between torch, Composer, fastai, timm and optimi, and every entry of the table run on both sides.
+- `optimizers_explained.rules`: One common form for twenty optimizers, and a rule for each thing that a destination may lack.
 - `optimizers_explained.trust`: A step is measured against the weights that it changes. Then the size of the gradient cancels, and a weight of 0 becomes a special case.
 - `optimizers_explained.wrapper`: fastai's names, slices and freezing for any torch optimizer, which goes on doing its own arithmetic."""
 
