@@ -24,7 +24,7 @@ from importlib.resources import files
 from . import contenders as who
 from .comparison import baselines, run_bench
 from .contenders import contenders, hypers
-from .race import _write, check_device, check_folder, run_command
+from .command import check_device, check_folder, run_command, write_whole
 
 # %% ../nbs/21_bench.ipynb #4f34742b
 def pick(
@@ -141,8 +141,8 @@ def bench(
     from matplotlib.figure import Figure
     run = run_bench(**chosen, device=device, reps=3 if quick else reps, quick=quick, full=full)
     fig = plot_bench(run, Figure(layout='constrained'))
-    _write(folder/'bench.json', lambda f: f.write_text(json.dumps(run, indent=1)))
-    _write(folder/'bench.png', lambda f: fig.savefig(f, dpi=110, format='png'))
+    write_whole(folder/'bench.json', lambda f: f.write_text(json.dumps(run, indent=1)))
+    write_whole(folder/'bench.png', lambda f: fig.savefig(f, dpi=110, format='png'))
     print(where(run), bench_table(run), start_table(run), absent_table(run), f"Wrote {folder/'bench.json'} and {folder/'bench.png'}.", sep='\n\n')
     return 0
 

@@ -30,7 +30,7 @@ from functools import partial
 from math import nan
 
 import torch
-from . import manners  # noqa: F401 (its rows)
+from . import kinds, manners  # noqa: F401 (their rows)
 from .judge import ROWS, agree, leaves, refused, row, same, train, trained, twins
 
 # %% ../nbs/14_contract.ipynb #e649b5d0

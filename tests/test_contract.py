@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from optimizers_explained import contract, judge, manners, optim
+from optimizers_explained import contract, judge, kinds, manners, optim
 from optimizers_explained.adam import adam
 from optimizers_explained.core import StepOptimizer, decay, sgd
 from optimizers_explained.judge import ROWS, leaves, refused, train, trained
@@ -191,7 +191,7 @@ def test_every_export_has_a_reference():
 
 
 def test_every_row_is_registered():
-    functions = [f for mod in (judge, manners, contract) for f in vars(mod).values()
+    functions = [f for mod in (judge, kinds, manners, contract) for f in vars(mod).values()
                  if inspect.isfunction(f) and f.__module__ == mod.__name__]
     rows = {f for f in functions if list(inspect.signature(f).parameters)[:1] == ['make'] and not f.__name__.startswith('_')}
     assert rows - set(ROWS.values()) <= {judge.trained, contract.contract}

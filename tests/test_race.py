@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from optimizers_explained import race
+from optimizers_explained import command as commands, race
 from optimizers_explained.composer import DecoupledSGDW
 
 
@@ -60,7 +60,7 @@ def test_bad_input_is_one_line_and_2(tmp_path, args, message, capfd, monkeypatch
 def test_nothing_is_half_written(tmp_path, monkeypatch):
     (tmp_path/'race.json').write_text('from before')
     def broken(*_): raise KeyboardInterrupt
-    monkeypatch.setattr(race.os, 'replace', broken)
+    monkeypatch.setattr(commands.os, 'replace', broken)
     with pytest.raises(KeyboardInterrupt): race.main(['--epochs', '1', '--out', str(tmp_path)])
     assert [p.name for p in tmp_path.iterdir()] == ['race.json'] and (tmp_path/'race.json').read_text() == 'from before'
 
