@@ -149,6 +149,7 @@ def check_update(
     p:Tensor, # the parameter
 ) -> Tensor: # `d`
     "Raise a `TypeError` or `ValueError` with the step's name unless `d` is a tensor of the shape of `p`."
+    if isinstance(p, Tensor) and isinstance(d, Tensor) and d.shape == p.shape: return d
     got, want = _shape(d), _shape(p)
     if got == want: return d
     if got is None: raise TypeError(f"step {name_of(step)} must return a tensor or None, got {type(d).__name__}")
@@ -173,11 +174,11 @@ def check_dense(
     group:dict, # a parameter group
 ) -> list: # its parameters that have a gradient
     "Raise a `ValueError` that names the parameter, if a gradient of `group` is sparse."
-    pairs = [(p, p.grad) for p in group['params']]
-    for i, (p, g) in enumerate(pairs):
+    params, grads = group['params'], [p.grad for p in group['params']]
+    for i, g in enumerate(grads):
         if g is not None and g.layout is not torch.strided:
-            raise ValueError(f"params[{i}] (shape {tuple(p.shape)}) has a sparse gradient: steps need dense ones; use sparse=False in the embedding, or torch.optim.SparseAdam")
-    return [p for p, g in pairs if g is not None]
+            raise ValueError(f"params[{i}] (shape {tuple(g.shape)}) has a sparse gradient: steps need dense ones; use sparse=False in the embedding, or torch.optim.SparseAdam")
+    return [p for p, g in zip(params, grads) if g is not None]
 
 # %% ../nbs/09a_checks.ipynb #e38f2b20
 def check_speed(

@@ -75,7 +75,7 @@ class Memo:
         if reason and reason not in self.told: warnings.warn(f'fused=True, and still some parameters are stepped without a kernel: {reason}', stacklevel=7)
         self.told.add(reason)
 
-# %% ../nbs/10e_fused.ipynb #471db182
+# %% ../nbs/10e_fused.ipynb #39959d02
 def strides(t): return tuple((s, n) for s, n in zip(t.stride(), t.shape) if n != 1)
 
 def is_dense(
@@ -94,7 +94,7 @@ def local(
     "Of DTensors, the shards that this process holds; other tensors are their own."
     return [t.to_local() for t in tensors] if hasattr(tensors[0], 'to_local') else tensors
 
-def addresses(tensors): return array('q', map(Tensor.data_ptr, local(tensors)))
+def addresses(tensors): return array('q', [t.data_ptr() for t in local(tensors)])
 
 class Layout:
     "Where the elements of a bucket are, and how they are shared out: checked once, so that a kernel can trust it."
@@ -104,7 +104,7 @@ class Layout:
     ):
         ps, self.columns, self.uploaded = local(columns[0]), columns, None
         self.device, self.dtype, self.placements = ps[0].device, ps[0].dtype, getattr(columns[0][0], 'placements', None)
-        self.strides, self.geometry = list(map(Tensor.stride, ps)), list(map(strides, ps))
+        self.strides, self.geometry = [p.stride() for p in ps], list(map(strides, ps))
         if type(ps[0]) not in (Tensor, torch.nn.Parameter): raise Unfusable(f'a parameter is a {type(ps[0]).__name__}')
         if not all(map(is_dense, ps)): raise Unfusable('a parameter has gaps in memory')
         for c in columns:
@@ -123,7 +123,7 @@ class Layout:
         "Raise `Unfusable` unless the tensors have the dtype and the memory layout of the parameters."
         ts = local(tensors)
         if {t.dtype for t in ts} != {self.dtype}: raise Unfusable('a gradient or a state has another dtype than its parameter')
-        if list(map(Tensor.stride, ts)) != self.strides and list(map(strides, ts)) != self.geometry: raise Unfusable('a gradient or a state has another memory layout than its parameter')
+        if [t.stride() for t in ts] != self.strides and list(map(strides, ts)) != self.geometry: raise Unfusable('a gradient or a state has another memory layout than its parameter')
         if self.placements and any(getattr(t, 'placements', None) != self.placements for t in tensors): raise Unfusable('a gradient or a state is sharded in another way than its parameter')
 
     def fits(self, columns): # the tensors that were checked, at the same addresses
@@ -138,7 +138,7 @@ def touch(
     try: bump(tensors)
     except TypeError: [bump(t) for t in tensors]               # older versions of torch take one at a time
 
-# %% ../nbs/10e_fused.ipynb #0dbf7d95
+# %% ../nbs/10e_fused.ipynb #e6023f38
 def fuse(
     memo:Memo, # of the optimizer
     calls, # pairs of a step and its hyperparameters by name
@@ -167,7 +167,8 @@ def arrange(
     if not params: return
     lists = all(p.is_cuda for p in params) if opt.foreach is None else opt.foreach
     if not (lists or opt.fused):
-        for p in params: yield p, p.grad, opt.state[p]
+        states = opt.state
+        for p in params: yield p, p.grad, states[p]
         return
     for bucket in plan(opt.memo.plans, params, opt.state):
         try:

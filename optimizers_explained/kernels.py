@@ -92,8 +92,8 @@ class Writer:
     def slot(self, i, row): return f'{len(self.sums)}*{row} + {self.sums.index(i)}'
     def called(self, body): return sorted({*re.findall(r'(?<![.\w])([a-z]\w*)\(', body)} - self.known)
 
-# %% ../nbs/10c_kernels.ipynb #7e145efc
-CHUNK = 32768 # elements that a thread takes at a time
+# %% ../nbs/10c_kernels.ipynb #14c19915
+CHUNK = 65536 # elements that a thread takes at a time
 CPP = """#include <algorithm>
 #include <cmath>
 #include <cstdint>

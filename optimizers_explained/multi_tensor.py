@@ -162,14 +162,14 @@ class Bucket:
 
 def _are(xs, ys): return len(xs) == len(ys) and all(map(operator.is_, xs, ys))
 
-# %% ../nbs/10_backends.ipynb #729d3bf8
+# %% ../nbs/10_backends.ipynb #c2ee1902
 def plan(
     plans:dict, # what was planned before, by the first parameter
     params, # parameters with gradients, all of one group
     states, # `{parameter: state}`
 ) -> list: # of `Bucket`s
     "Sort parameters into buckets, or keep those of the last step if nothing has changed since."
-    states, key = [states[p] for p in params], id(params[0])
+    states, key = list(map(states.__getitem__, params)), id(params[0])
     if key in plans:
         old_params, old_states, found = plans[key]
         if _are(params, old_params) and _are(states, old_states) and all(b.fits() for b in found): return found
