@@ -55,9 +55,9 @@ def bench_table(
 def start_table(
     run:dict, # from `run_bench` or `stored_run`
 ) -> str: # Markdown
-    "Seconds until the first two steps are done, cold and warm, and kernels or graphs built in them and in the rest of a OneCycle schedule."
+    "Seconds of the first and of the second step, cold and warm, and kernels or graphs built in them and in the rest of a OneCycle schedule."
     return _table(['first two steps', 'set', 'cold, s', 'warm, s', 'built in them', 'built later'],
-                  [[f"{r['contender']}, {r['optimizer']}", r['set'], f"{r['cold']:.2f}", f"{r['warm']:.2f}", str(r['first']), str(r['later'])] for r in run['starts']])
+                  [[f"{r['contender']}, {r['optimizer']}", r['set'], *(' + '.join(f'{s:.2f}' for s in r[k]) for k in ('cold', 'warm')), str(r['first']), str(r['later'])] for r in run['starts']])
 
 def absent_table(
     run:dict, # from `run_bench` or `stored_run`
@@ -124,7 +124,7 @@ def _chosen(what, text, known): # a comma-separated list, checked
 
 def bench(
     sets:str='resnet50,vit_small,small,large', # which parameters, separated by commas
-    optimizers:str='SGD,AdamW,Lion,LAMB', # which optimizers
+    optimizers:str='SGD,AdamW,Lion,LAMB,LARS', # which optimizers
     dtypes:str='float32,bfloat16', # which precisions
     only:str=None, # names of contenders, separated by commas; all by default. torch fused always runs
     reps:int=25, # rounds of each comparison, at least 2

@@ -45,7 +45,7 @@ too_slow = 'left out here: its first step compiles for about a minute; --full le
 
 def measure(
     of:str, # a set of `shapes`
-    optimizer:str, # SGD, AdamW, Lion or LAMB
+    optimizer:str, # SGD, AdamW, Lion, LAMB or LARS
     dtype='float32', # float32 or bfloat16
     names=tuple(contenders), # who takes part
     device='cpu', # where
@@ -94,7 +94,7 @@ def starts(
     of:str, # a set of `shapes`
     device='cpu', # where
     quick=False, # tiny shapes
-) -> dict: # `first` and `later`: kernels built; `cold` and `warm`: seconds
+) -> dict: # `first` and `later`: kernels built; `cold` and `warm`: seconds of the first two steps
     "What the first two steps cost, and what is built in them and later."
     first, later = builds_under_onecycle(contender, optimizer, 10 if quick else 100, device)
     cold, warm = cold_and_warm(contender.name, optimizer, of, str(device), quick)
@@ -112,7 +112,7 @@ def _all_starts(names, optimizers, of, device, quick, full, tick):
 
 def run_bench(
     sets=sets, # of `shapes`
-    optimizers=tuple(hypers), # SGD, AdamW, Lion, LAMB
+    optimizers=tuple(hypers), # of `hypers`
     dtypes=('float32', 'bfloat16'), # of parameters, gradients and state
     names=tuple(contenders), # who takes part; torch fused always does
     device='cpu', # where

@@ -28,7 +28,8 @@ import torch
 
 # %% ../nbs/21a_contenders.ipynb #5d482b7b
 hypers = {'SGD': dict(lr=1e-3, momentum=0.9, weight_decay=1e-2), 'AdamW': dict(lr=1e-3, betas=(0.9, 0.999), weight_decay=1e-2),
-          'Lion': dict(lr=1e-4, betas=(0.9, 0.99), weight_decay=1e-2), 'LAMB': dict(lr=1e-3, betas=(0.9, 0.999), weight_decay=1e-2)}
+          'Lion': dict(lr=1e-4, betas=(0.9, 0.99), weight_decay=1e-2), 'LAMB': dict(lr=1e-3, betas=(0.9, 0.999), weight_decay=1e-2),
+          'LARS': dict(lr=1e-1, momentum=0.9, weight_decay=1e-2)}
 
 def renamed(
     values:dict, # hyperparameters under torch's names
@@ -49,7 +50,7 @@ class Contender:
     def __init__(self,
         name:str, # as the table shows it
         module:str, # where it is imported from, when it is asked for
-        classes:dict, # `{SGD, AdamW, Lion or LAMB: its name there}`
+        classes:dict, # `{SGD, AdamW, Lion, LARS or LAMB: its name there}`
         call=_plain, # `call(class, params, values)` builds it from torch's names
         compiles=False, # it builds kernels in its first steps
         slow=False, # and takes a minute for it
@@ -60,7 +61,7 @@ class Contender:
         self.compiles, self.slow, self.only, self.works_as = compiles, slow, only, works_as
 
     def make(self,
-        optimizer:str, # SGD, AdamW, Lion or LAMB
+        optimizer:str, # SGD, AdamW, Lion, LARS or LAMB
         params, # a list of parameters
     ): # the optimizer; raises `ImportError`, `LookupError` or whatever the library does
         "Build the optimizer with the hyperparameters that everybody gets."
@@ -74,6 +75,7 @@ class Contender:
 _same = {k: k for k in hypers}
 _fastai = dict(momentum='mom', betas=('mom', 'sqr_mom'), weight_decay='wd')
 
+def _with_adamw(cls, params, values): return cls(params, **hypers['AdamW'], fused=True)
 def _with(**options): return lambda cls, params, values: cls(params, **values, **options)
 def _fastais(cls, params, values): return cls(params, **renamed(values, _fastai))
 def _composers(cls, params, values): return cls(params, **{**values, 'weight_decay': values['lr']*values['weight_decay']})
@@ -87,14 +89,14 @@ contenders = {c.name: c for c in (
     Contender('torch loop', 'torch.optim', _same, _with(foreach=False)),
     Contender('torch foreach', 'torch.optim', _same, _with(foreach=True)),
     Contender('torch fused', 'torch.optim', _same, _with(fused=True)),
-    Contender('torch AdamW fused', 'torch.optim', dict(Lion='AdamW', LAMB='AdamW'), _with(fused=True), only=('Lion', 'LAMB'), works_as='AdamW'),
+    Contender('torch AdamW fused', 'torch.optim', dict(Lion='AdamW', LAMB='AdamW', LARS='AdamW'), _with_adamw, only=('Lion', 'LAMB', 'LARS'), works_as='AdamW'),
     Contender('composer port', 'optimizers_explained.composer', dict(SGD='DecoupledSGDW', AdamW='DecoupledAdamW'), _composers),
     Contender('callback port', 'optimizers_explained.callback', dict(SGD='SGD'), _fastais),
     Contender('fastai', 'fastai.optimizer', dict(SGD='SGD', AdamW='Adam', LAMB='Lamb'), _fastais),
-    Contender('timm', 'timm.optim', dict(SGD='SGDW', AdamW='AdamWLegacy', Lion='Lion', LAMB='Lamb')),
+    Contender('timm', 'timm.optim', dict(SGD='SGDW', AdamW='AdamWLegacy', Lion='Lion', LAMB='Lamb', LARS='Lars')),
     Contender('optimi', 'optimi', dict(SGD='SGD', AdamW='AdamW', Lion='Lion'), _with(kahan_sum=False)),
     Contender('heavyball', 'heavyball', dict(SGD='SGD', AdamW='AdamW', Lion='Lion', LAMB='LAMB'), _heavyballs, compiles=True, slow=True),
-    Contender('pytorch_optimizer', 'pytorch_optimizer', dict(SGD='SGDW', AdamW='AdamW', Lion='Lion', LAMB='Lamb')))}
+    Contender('pytorch_optimizer', 'pytorch_optimizer', dict(SGD='SGDW', AdamW='AdamW', Lion='Lion', LAMB='Lamb', LARS='LARS')))}
 
 libraries = {'timm': 'timm', 'fastai': 'fastai', 'optimi': 'torch-optimi', 'heavyball': 'heavyball', 'pytorch_optimizer': 'pytorch_optimizer'}
 
@@ -150,14 +152,14 @@ models = {'resnet50': 'resnet50', 'vit_small': 'vit_small_patch16_224'}
 sets = *models, 'small', 'large'
 
 def shapes(
-    name:str, # resnet50, vit_small, small (1000 tensors of 16 by 16) or large (one of 5000 by 5000)
+    name:str, # resnet50, vit_small, small (1000 tensors of 64 by 64) or large (one of 5000 by 5000)
     quick=False, # the first twelve, no side longer than 8
 ) -> list: # of tuples
     "The shapes of a set of parameters. Those of a network come from timm, which lays it out without memory or download."
     if name in models:
         with torch.device('meta'): model = import_module('timm').create_model(models[name])
         found = [tuple(p.shape) for p in model.parameters()]
-    else: found = {'small': [(16, 16)]*1000, 'large': [(5000, 5000)]}[name]
+    else: found = {'small': [(64, 64)]*1000, 'large': [(5000, 5000)]}[name]
     return [tuple(min(n, 8) for n in s) for s in found[:12]] if quick else found
 
 def tensors(

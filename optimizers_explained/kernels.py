@@ -65,7 +65,7 @@ def traffic(
     "How often a kernel reads or writes memory for each element, over all its phases."
     return sum(sum(i < len(recording.names) for i in ph.element) + len(ph.stores) for ph in phases(recording))
 
-# %% ../nbs/10c_kernels.ipynb #7a4a74c8
+# %% ../nbs/10c_kernels.ipynb #79e11e0c
 class Writer:
     "Writes the lines of a kernel; a language adds what each kind of line looks like."
     def __init__(self,
@@ -79,20 +79,20 @@ class Writer:
     def line(self, i):
         "The line that gives node `i` its value."
         n = self.nodes[i]
-        if i < len(self.names): return self.load(i)
-        if n.total: return self.let(i, n.total.format(total=self.total(i, 'i'), size='size'))
-        return self.flag(i, n.code) if n.logical else self.let(i, n.code)
+        if i < len(self.names): return self._load(i)
+        if n.total: return self._let(i, n.total.format(total=self._total(i, 'i'), size='size'))
+        return self._flag(i, n.code) if n.logical else self._let(i, n.code)
 
     def lines(self, ph):
         "The lines of a phase in three parts: before the elements, for each element, after them."
         used = sorted({*ph.stores, *(i for i in ph.element if i < len(self.names))})
-        return ([*map(self.pointer, used), *map(self.line, ph.tensor), *map(self.start, ph.sums)],
-                [*map(self.line, ph.element), *map(self.add, ph.sums), *(self.store(a, i) for a, i in ph.stores.items())], [*map(self.end, ph.sums)])
+        return ([*map(self._pointer, used), *map(self.line, ph.tensor), *map(self._start, ph.sums)],
+                [*map(self.line, ph.element), *map(self._add, ph.sums), *(self._store(a, i) for a, i in ph.stores.items())], [*map(self._end, ph.sums)])
 
-    def slot(self, i, row): return f'{len(self.sums)}*{row} + {self.sums.index(i)}'
-    def called(self, body): return sorted({*re.findall(r'(?<![.\w])([a-z]\w*)\(', body)} - self.known)
+    def _slot(self, i, row): return f'{len(self.sums)}*{row} + {self.sums.index(i)}'
+    def _called(self, body): return sorted({*re.findall(r'(?<![.\w])([a-z]\w*)\(', body)} - self.known)
 
-# %% ../nbs/10c_kernels.ipynb #14c19915
+# %% ../nbs/10c_kernels.ipynb #418890cb
 CHUNK = 65536 # elements that a thread takes at a time
 CPP = """#include <algorithm>
 #include <cmath>
@@ -131,29 +131,29 @@ class Cpp(Writer):
     types = {torch.float32: dict(T='float', S='float', convert=PLAIN), torch.float64: dict(T='double', S='double', convert=PLAIN),
              torch.bfloat16: dict(T='float', S='uint16_t', convert=BFLOAT16), torch.float16: dict(T='float', S='_Float16', convert=FLOAT16)}
     known = {'where', 'get', 'put', 'for', 'omp', 'num_threads', 'schedule', 'reduction', 'int64_t'}
-    def pointer(self, a): return f'S* __restrict__ {self.names[a]} = args[{a}][i] + first[k];'
-    def load(self, i): return f'const T v{i} = get({self.names[i]}[j]);'
-    def let(self, i, code): return f'const T v{i} = R({code});' if self.dtype in HALF else f'const T v{i} = {code};'
-    def flag(self, i, code): return f'const bool v{i} = {code};'
-    def store(self, a, i): return f'{self.names[a]}[j] = put(v{i});'
-    def start(self, i): return f'T sum{i} = 0;'
-    def add(self, i): return f'sum{i} += {self.nodes[i].code};'
-    def end(self, i): return f'part[{self.slot(i, "k")}] = sum{i};'
-    def total(self, i, row): return f'totals[{self.slot(i, row)}]'
-    def gather(self, i): return f'  for (int64_t k = 0; k < chunks; k++) {self.total(i, "tensor[k]")} += part[{self.slot(i, "k")}];\n'
+    def _pointer(self, a): return f'S* __restrict__ {self.names[a]} = args[{a}][i] + first[k];'
+    def _load(self, i): return f'const T v{i} = get({self.names[i]}[j]);'
+    def _let(self, i, code): return f'const T v{i} = R({code});' if self.dtype in HALF else f'const T v{i} = {code};'
+    def _flag(self, i, code): return f'const bool v{i} = {code};'
+    def _store(self, a, i): return f'{self.names[a]}[j] = put(v{i});'
+    def _start(self, i): return f'T sum{i} = 0;'
+    def _add(self, i): return f'sum{i} += {self.nodes[i].code};'
+    def _end(self, i): return f'part[{self._slot(i, "k")}] = sum{i};'
+    def _total(self, i, row): return f'totals[{self._slot(i, row)}]'
+    def _gather(self, i): return f'  for (int64_t k = 0; k < chunks; k++) {self._total(i, "tensor[k]")} += part[{self._slot(i, "k")}];\n'
 
-    def phase(self, ph):
+    def _phase(self, ph):
         before, loop, after = self.lines(ph)
         reduction = f" reduction(+:{', '.join(f'sum{i}' for i in ph.sums)})" if ph.sums else ''
         text = CPP_PHASE.format(chunk=CHUNK, before='\n    '.join(before), loop='\n      '.join(loop), after='\n    '.join(after), reduction=reduction)
-        return text.replace('    \n', '') + ''.join(map(self.gather, ph.sums))
+        return text.replace('    \n', '') + ''.join(map(self._gather, ph.sums))
 
     def source(self):
         "The whole file."
-        body, coefs = ''.join(map(self.phase, self.phases)), ' '.join(f'const T c{i} = c[{i}];' for i in range(len(self.coefs)))
-        return CPP.format(**self.type, using=''.join(f'using std::{f};\n' for f in self.called(body)), coefs=coefs, phases=body)
+        body, coefs = ''.join(map(self._phase, self.phases)), ' '.join(f'const T c{i} = c[{i}];' for i in range(len(self.coefs)))
+        return CPP.format(**self.type, using=''.join(f'using std::{f};\n' for f in self._called(body)), coefs=coefs, phases=body)
 
-# %% ../nbs/10c_kernels.ipynb #e8d82ac2
+# %% ../nbs/10c_kernels.ipynb #3e49579b
 BLOCK = 1024 # elements of one program on a GPU
 TRITON = 'import triton\nimport triton.language as tl\n{functions}{phases}'
 FUNCTIONS = dict(T=('x', 'tl.full((), x, tl.{T})'), R=('x', 'x.to(tl.{S}).to(tl.{T})'), sqrt=('x', 'tl.{sqrt}(x)'), fma=('x, y, z', 'tl.fma(x, y, z)'),
@@ -175,25 +175,25 @@ class Triton(Writer):
     types = {torch.float32: dict(T='float32', S='float32', sqrt='sqrt_rn'), torch.float64: dict(T='float64', S='float64', sqrt='sqrt'),
              torch.bfloat16: dict(T='float32', S='bfloat16', sqrt='sqrt_rn'), torch.float16: dict(T='float32', S='float16', sqrt='sqrt_rn')}
     known = set()
-    def pointer(self, a): return f'{self.names[a]} = tl.load(args + {a}*n + i).to(tl.pointer_type(tl.{self.type["S"]})) + j'
-    def load(self, i): return f'v{i} = tl.load({self.names[i]}, inside, other=0).to(tl.{self.type["T"]})'
-    def let(self, i, code): return f'v{i} = R({code})' if self.dtype in HALF else f'v{i} = {code}'
-    def flag(self, i, code): return f'v{i} = {code}'
-    def store(self, a, i): return f'tl.store({self.names[a]}, v{i}, inside)'
-    def start(self, i): return ''
-    end = start
-    def add(self, i): return f'tl.store(part + {self.slot(i, "k")}, tl.sum(tl.where(inside, {self.nodes[i].code}, 0)))'
-    def total(self, i, row): return f'tl.load(totals + {self.slot(i, row)})'
+    def _pointer(self, a): return f'{self.names[a]} = tl.load(args + {a}*n + i).to(tl.pointer_type(tl.{self.type["S"]})) + j'
+    def _load(self, i): return f'v{i} = tl.load({self.names[i]}, inside, other=0).to(tl.{self.type["T"]})'
+    def _let(self, i, code): return f'v{i} = R({code})' if self.dtype in HALF else f'v{i} = {code}'
+    def _flag(self, i, code): return f'v{i} = {code}'
+    def _store(self, a, i): return f'tl.store({self.names[a]}, v{i}, inside)'
+    def _start(self, i): return ''
+    _end = _start
+    def _add(self, i): return f'tl.store(part + {self._slot(i, "k")}, tl.sum(tl.where(inside, {self.nodes[i].code}, 0)))'
+    def _total(self, i, row): return f'tl.load(totals + {self._slot(i, row)})'
 
-    def phase(self, number, ph):
+    def _phase(self, number, ph):
         coefs = [f'c{i} = tl.load(c + {i}).to(tl.{self.type["T"]})' for i in range(len(self.coefs))]
         lines = [x for xs in (coefs, *self.lines(ph)) for x in xs if x]
         return TRITON_PHASE.format(number=number, lines='\n    '.join(lines))
 
     def source(self):
         "The whole file."
-        body = ''.join(self.phase(i, ph) for i, ph in enumerate(self.phases))
-        called = {*self.called(re.sub(r'def phase\d+', '', body)), *re.findall(r'\b[TR](?=\()', body)}
+        body = ''.join(self._phase(i, ph) for i, ph in enumerate(self.phases))
+        called = {*self._called(re.sub(r'def phase\d+', '', body)), *re.findall(r'\b[TR](?=\()', body)}
         if missing := sorted(called - {*FUNCTIONS}): raise Unfusable(f'{missing[0]} has no fused form on this device')
         functions = ''.join(FUNCTION.format(name=f, args=FUNCTIONS[f][0], body=FUNCTIONS[f][1].format(**self.type)) for f in sorted(called))
         return TRITON.format(functions=functions, phases=body)

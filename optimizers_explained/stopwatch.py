@@ -22,7 +22,7 @@ __all__ = ['moves', 'caches', 'timed', 'Runner', 'alternate', 'spread', 'copy_sp
            'cold_and_warm', 'builds_under_onecycle']
 
 # %% ../nbs/21b_stopwatch.ipynb #c997b27f
-import gc, os, statistics, subprocess, sys, tempfile, time, tracemalloc
+import gc, json, os, statistics, subprocess, sys, tempfile, time, tracemalloc
 from itertools import accumulate
 
 import torch
@@ -47,7 +47,7 @@ class Runner:
     "A contender with parameters of its own; `prepare` sets gradients and rates, `step` is what is timed."
     def __init__(self,
         contender, # a `Contender`
-        optimizer, # SGD, AdamW, Lion or LAMB
+        optimizer, # SGD, AdamW, Lion, LARS or LAMB
         params:list, # tensors, copied
         grads:list, # tensors, left as they are
     ):
@@ -98,7 +98,7 @@ def spread(
     return dict(median=mid, low=low, high=high)
 
 # %% ../nbs/21b_stopwatch.ipynb #a105cfb1
-moves = {'SGD': 5, 'AdamW': 7, 'Lion': 5, 'LAMB': 10} # elements that one weight moves: each tensor read or written once, for LAMB in its two passes
+moves = {'SGD': 5, 'AdamW': 7, 'Lion': 5, 'LAMB': 10, 'LARS': 7} # elements that one weight moves: each tensor read or written once, for LAMB and LARS in each of two passes
 
 def copy_speed(
     device='cpu', # where to copy
@@ -116,7 +116,7 @@ def copy_speed(
 
 def share(
     seconds:float, # that a step took
-    optimizer:str, # SGD, AdamW, Lion or LAMB
+    optimizer:str, # SGD, AdamW, Lion, LARS or LAMB
     nbytes:int, # of the parameters
     speed:float, # from `copy_speed`
 ) -> float: # 1 is a step that moves everything once, as fast as a copy
@@ -152,25 +152,25 @@ caches = 'OPTIMIZERS_EXPLAINED_CACHE', 'TORCHINDUCTOR_CACHE_DIR', 'TRITON_CACHE_
 
 def first_two(
     name:str, # of a contender
-    optimizer:str, # SGD, AdamW, Lion or LAMB
+    optimizer:str, # SGD, AdamW, Lion, LARS or LAMB
     of:str, # a set of `shapes`
     device='cpu', # where
     quick=False, # tiny shapes
-) -> float: # seconds
-    "Time until the first two steps are done, in this process."
+) -> list: # seconds of each
+    "Time the first two steps, in this process."
     runner = Runner(contenders[name], optimizer, *(tensors(shapes(of, quick), device=device, seed=i) for i in (0, 1)))
-    seconds = runner.first()
+    first = runner.first()
     runner.prepare()
-    return seconds + timed(runner)
+    return [first, timed(runner)]
 
 def _seconds(code, env): # what a new process prints
     run = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
     if run.returncode: raise LookupError(f'in a new process: {(run.stderr.strip() or str(run.returncode)).splitlines()[-1]}')
-    return float(run.stdout.split('seconds')[-1])
+    return json.loads(run.stdout.split('seconds')[-1])
 
 def cold_and_warm(
     *args, # as for `first_two`
-) -> list: # seconds of the first two steps: with empty caches, and with those that this has filled
+) -> list: # of two lists, seconds of the first two steps: with empty caches, and with those that this has filled
     "`first_two` in two new processes, one after the other, with cache folders of their own."
     code = f'from optimizers_explained.stopwatch import first_two; print("seconds", first_two{args!r})'
     with tempfile.TemporaryDirectory() as d:
@@ -185,7 +185,7 @@ def _builds():
 
 def builds_under_onecycle(
     contender, # a `Contender`
-    optimizer, # SGD, AdamW, Lion or LAMB
+    optimizer, # SGD, AdamW, Lion, LARS or LAMB
     steps=100, # length of the schedule
     device='cpu', # where
 ) -> tuple: # how many kernels or graphs the first two steps made, and how many all others
