@@ -19,7 +19,7 @@ Modules:
 - `optimizers_explained.fused`: Which parameters run in a kernel, which in Python, and how a reader is told.
 - `optimizers_explained.groups`: Parameter groups on a real ResNet and a real ViT: weight decay, layer decay, discriminative rates, freezing, and timm's factory building our optimizers.
 - `optimizers_explained.judge`: A falling loss proves little. What does, in functions of a few lines.
-- `optimizers_explained.kernels`: A recording becomes one C++ or Triton function that touches each element once.
+- `optimizers_explained.kernels`: A recording becomes C++ or Triton source: a loop that fetches an element, does everything to it, and stores it.
 - `optimizers_explained.kinds`: Half precision, complex numbers, sparse gradients, odd layouts: trained like any other, or refused in words.
 - `optimizers_explained.manners`: What a training loop expects of `step()`: gradients, groups, schedulers, scalers.
 - `optimizers_explained.multi_tensor`: The same steps on one tensor, on a list of tensors, or in one kernel made from them.

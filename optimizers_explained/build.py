@@ -79,7 +79,7 @@ def kept(
     except OSError as e: raise Unfusable(f'a kernel cannot be written ({e}): set OPTIMIZERS_EXPLAINED_CACHE to a folder where it can') from e
     return path
 
-# %% ../nbs/10d_build.ipynb #08cedbd0
+# %% ../nbs/10d_build.ipynb #44dea6b9
 def load_cpp(
     source:str, # C++
 ): # its function `run`
@@ -87,8 +87,8 @@ def load_cpp(
     cxx, about = compiler(os.environ.get('CXX'))
     key = '\0'.join([source, cxx, about, *FLAGS])
     def make(path):
-        (file := path.with_suffix('.cpp')).write_text(source)
-        done = subprocess.run([cxx, *FLAGS, str(file), '-o', str(path)], capture_output=True, text=True)
+        path.with_suffix('.cpp').write_text(source)
+        done = subprocess.run([cxx, *FLAGS, path.stem + '.cpp', '-o', path.name], cwd=path.parent, capture_output=True, text=True)
         if done.returncode: raise Unfusable(f'{cxx} cannot build it ({done.stderr.strip()[:200]})')
     try: return KERNELS[key] if key in KERNELS else KERNELS.setdefault(key, ctypes.CDLL(str(kept(key, '.so', make))).run)
     except OSError as e: raise Unfusable(f'a kernel cannot be loaded ({e})') from e

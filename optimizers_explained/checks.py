@@ -149,13 +149,13 @@ def check_update(
     p:Tensor, # the parameter
 ) -> Tensor: # `d`
     "Raise a `TypeError` or `ValueError` with the step's name unless `d` is a tensor of the shape of `p`."
-    if isinstance(p, Tensor) and isinstance(d, Tensor) and d.shape == p.shape: return d
+    if type(d) is Tensor and not hasattr(type(p), 'shapes') and d.shape == p.shape: return d
     got, want = _shape(d), _shape(p)
     if got == want: return d
     if got is None: raise TypeError(f"step {name_of(step)} must return a tensor or None, got {type(d).__name__}")
     raise ValueError(f"step {name_of(step)} must return an update of shape {_plain(want)}, got {_plain(got)}")
 
-def _shape(o): return o.shape if isinstance(o, Tensor) else getattr(o, 'shapes', None) # of a tensor, or those of a list of tensors; None for anything else
+def _shape(o): return getattr(o, 'shapes', None) or (o.shape if isinstance(o, Tensor) else None) # a list of tensors has many
 def _plain(shape): return tuple(shape) if isinstance(shape, torch.Size) else list(map(tuple, shape))
 
 class Checked:

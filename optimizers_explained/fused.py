@@ -14,10 +14,11 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/fused.html.md"
 # %% auto #0
 __all__ = ['BACKENDS', 'LIMIT', 'Program', 'Memo', 'is_dense', 'local', 'Layout', 'touch', 'fuse', 'arrange']
 
-# %% ../nbs/10e_fused.ipynb #022c67e2
+# %% ../nbs/10e_fused.ipynb #211fca0e
 import operator
 import warnings
 from array import array
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from .multi_tensor import in_lists, plan
 from .operations import Unfusable
 from .recorder import record
 
-# %% ../nbs/10e_fused.ipynb #eabb46ab
+# %% ../nbs/10e_fused.ipynb #fc67769f
 BACKENDS = dict(cpu=CppKernel, cuda=TritonKernel) # the kernel of each kind of device
 LIMIT = 16 # recordings of the same steps; with more, Python runs them
 
@@ -64,17 +65,19 @@ class Memo:
         hypers, numbers = {k: v for _, h in calls for k, v in h.items()}, {k: c[0] for k, c in columns.items() if k not in tensors}
         found = self.programs.setdefault((*(f for f, _ in calls), like.device, like.dtype, like.ndim, *tensors, None, *numbers), [])
         for program in found:
-            if (out := program.numbers(hypers, numbers)) is not None: return program, *out
+            try: out = program.numbers(hypers, numbers)
+            except (ArithmeticError, ValueError): continue     # 1/0 or the root of -1: as if a guard did not hold
+            if out is not None: return program, *out
         if len(found) >= LIMIT: raise Unfusable('the steps ask for the value of a number that keeps changing')
         found.insert(0, program := Program(calls, like, tensors, numbers))
-        return program, *(program.numbers(hypers, numbers) or ((), {}))
+        return program, *((program.reason is None and program.numbers(hypers, numbers)) or ((), {}))
 
     def tell(self, reason):
         "Say once why no kernel runs."
         if reason and reason not in self.told: warnings.warn(f'fused=True, and still some parameters are stepped without a kernel: {reason}', stacklevel=7)
         self.told.add(reason)
 
-# %% ../nbs/10e_fused.ipynb #ca0ca7c3
+# %% ../nbs/10e_fused.ipynb #8314da3c
 def _strides(t): return tuple((s, n) for s, n in zip(t.stride(), t.shape) if n != 1)
 
 def is_dense(
@@ -103,15 +106,15 @@ class Layout:
     ):
         ps, self.columns, self.uploaded = local(columns[0]), columns, None
         self.device, self.dtype, self.placements = ps[0].device, ps[0].dtype, getattr(columns[0][0], 'placements', None)
-        self.strides, self.geometry = [p.stride() for p in ps], list(map(_strides, ps))
+        self.shapes, self.strides, self.geometry = [p.shape for p in ps], [p.stride() for p in ps], list(map(_strides, ps))
         if type(ps[0]) not in (Tensor, torch.nn.Parameter): raise Unfusable(f'a parameter is a {type(ps[0]).__name__}')
         if not all(map(is_dense, ps)): raise Unfusable('a parameter has gaps in memory')
-        for c in columns:
-            if [t.shape for t in c] != [p.shape for p in columns[0]] or {t.device for t in local(c)} != {self.device}: raise Unfusable('a state has another shape or device than its parameter')
-            self.check(c)
+        if {t.device for c in columns for t in local(c)} != {self.device}: raise Unfusable('a state is on another device than its parameter')
+        for c in columns: self.check(c)
         self.pointers, self.sizes = list(map(_addresses, columns)), array('q', [p.numel() for p in ps])
         self.taken = {a for c in self.pointers for a in c} - {0}
-        if len(self.taken) < sum(n > 0 for n in self.sizes)*len(columns): raise Unfusable('two tensors share their memory')
+        spans = sorted((a, a + n*ps[0].element_size()) for c in self.pointers for a, n in zip(c, self.sizes) if n)
+        if any(start < end for (_, end), (start, _) in pairwise(spans)): raise Unfusable('two tensors share their memory')
         self.chunks = array('q', [-(-n//chunk) for n in self.sizes])
         self.tensor = array('q', [i for i, n in enumerate(self.chunks) for _ in range(n)])
         self.first = array('q', [k*chunk for n in self.chunks for k in range(n)])
@@ -119,8 +122,9 @@ class Layout:
     def check(self,
         tensors, # one for each parameter
     ):
-        "Raise `Unfusable` unless the tensors have the dtype and the memory layout of the parameters."
+        "Raise `Unfusable` unless the tensors have the dtype, the shape and the memory layout of the parameters."
         ts = local(tensors)
+        if [t.shape for t in ts] != self.shapes: raise Unfusable('a gradient or a state has another shape than its parameter')
         if {t.dtype for t in ts} != {self.dtype}: raise Unfusable('a gradient or a state has another dtype than its parameter')
         if [t.stride() for t in ts] != self.strides and list(map(_strides, ts)) != self.geometry: raise Unfusable('a gradient or a state has another memory layout than its parameter')
         if self.placements and any(getattr(t, 'placements', None) != self.placements for t in tensors): raise Unfusable('a gradient or a state is sharded in another way than its parameter')
@@ -128,8 +132,10 @@ class Layout:
     def fits(self,
         columns, # as when it was made
     ) -> bool:
-        "Whether these are the tensors that were checked, at the same addresses."
-        return len(columns) == len(self.columns) and all(map(operator.is_, columns, self.columns)) and list(map(_addresses, columns)) == self.pointers
+        "Whether these are the tensors that were checked, at the same addresses, and the parameters have the same shape."
+        if len(columns) != len(self.columns) or not all(map(operator.is_, columns, self.columns)) or list(map(_addresses, columns)) != self.pointers: return False
+        ps = local(columns[0])
+        return [p.shape for p in ps] == self.shapes and [p.stride() for p in ps] == self.strides and {p.dtype for p in ps} == {self.dtype}
 
 # %% ../nbs/10e_fused.ipynb #8c8a83d1
 def touch(

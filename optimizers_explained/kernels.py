@@ -1,4 +1,4 @@
-"""A recording becomes one C++ or Triton function that touches each element once.
+"""A recording becomes C++ or Triton source: a loop that fetches an element, does everything to it, and stores it.
 
 ```python
 import torch

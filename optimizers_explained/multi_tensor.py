@@ -47,27 +47,27 @@ def _add_operators(cls):
 
 _add_operators(TensorLike)
 
-# %% ../nbs/10_backends.ipynb #ee3fb872
+# %% ../nbs/10_backends.ipynb #09f90238
 class TensorList(TensorLike):
     "Tensors that answer together: methods, operators and torch functions act on all, through `torch._foreach_*` where it exists."
     def __init__(self,
         tensors # an iterable of tensors
     ): self.tensors = list(tensors)
-    def __iter__(self): return iter(self.tensors)
     def __repr__(self): return f'TensorList({self.tensors})'
+    def __iter__(self): raise TypeError("a step goes through the rows of a tensor, and a list of tensors has those of many: pass foreach=False")
     def __len__(self): raise TypeError("a step asks for the length of a tensor, and a list of tensors has many: pass foreach=False")
     def __bool__(self): raise TypeError("a step branches on the value of a tensor, and a list of tensors has many: pass foreach=False")
 
     @cached_property
     def shapes(self): return [t.shape for t in self.tensors]
     @property
-    def _version(self): return sum(t._version for t in self)
+    def _version(self): return sum(t._version for t in self.tensors)
 
     def __getattr__(self, name):
         first = getattr(self.tensors[0], name)
-        if isinstance(first, Tensor): return TensorList(getattr(t, name) for t in self)
+        if isinstance(first, Tensor): return TensorList(getattr(t, name) for t in self.tensors)
         if callable(first): return lambda *args, **kwargs: together(name, getattr(Tensor, name), (self, *args), kwargs)
-        if all(getattr(t, name) == first for t in self): return first
+        if all(getattr(t, name) == first for t in self.tensors): return first
         raise AttributeError(f"a step reads .{name}, which differs between the tensors of a list: pass foreach=False")
 
     @staticmethod

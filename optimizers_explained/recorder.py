@@ -15,7 +15,7 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/recorder.html.
 # %% auto #0
 __all__ = ['HALF', 'Node', 'Value', 'Tape', 'Recording', 'record']
 
-# %% ../nbs/10b_recorder.ipynb #56044b71
+# %% ../nbs/10b_recorder.ipynb #398ac2dc
 import math
 import re
 from numbers import Real
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from .checks import name_of
 from .multi_tensor import TensorLike
-from .operations import LOGICAL, OPS, SAME, SUMS, Number, Unfusable, _code_of, symbolic_math
+from .operations import LOGICAL, OPS, SAME, SUMS, Ledger, Number, Unfusable, _code_of, symbolic_math
 
-# %% ../nbs/10b_recorder.ipynb #46a713d6
+# %% ../nbs/10b_recorder.ipynb #4723ba26
 HALF = torch.bfloat16, torch.float16
 
 class Node(NamedTuple):
@@ -57,56 +57,36 @@ class Value(TensorLike):
 
     @staticmethod
     def call(name, func, args, kwargs):
-        tape = next((a.tape for a in (*args, *kwargs.values()) if isinstance(a, Value)), None)
+        tape = next((a.tape for a in (*args, *kwargs.values()) if type(a) is Value), None)
         if tape is None: raise Unfusable(f'{name} has no fused form')
         return tape.operation(name, args, kwargs)
 
-# %% ../nbs/10b_recorder.ipynb #6d8378bb
-class Tape:
+# %% ../nbs/10b_recorder.ipynb #99da9f23
+class Tape(Ledger):
     "What the steps do, written down: Python source for numbers, nodes for tensors."
     def __init__(self,
         like:Tensor, # a parameter, whose dtype, device and number of dimensions the steps may ask for
         names, # of the tensors: 'p', 'g' and those in the state
     ):
-        self.like, self.lines, self.coefs, self.constants = like, [], [], []
+        super().__init__()
+        self.like, self.coefs = like, []
         self.names, self.nodes = list(names), [Node(n) for n in names]
         self.values = [Value(self, i) for i in range(len(self.nodes))]
-
-    def number(self, code, value):
-        "A new number, on a line of its own."
-        self.lines.append(f'n{len(self.lines)} = {code}')
-        return Number(self, f'n{len(self.lines) - 1}', value)
-
-    def guard(self, code, value):
-        "`value`, which `code` gives now; where it gives another one, this recording does not hold."
-        self.lines.append(f'if {code} != {self._constant(value)}: return None')
-        return value
-
-    def _constant(self, value):
-        if value is None or type(value) in (bool, int, str): return repr(value)
-        self.constants.append(value)
-        return f'K[{len(self.constants) - 1}]'
-
-    def read(self, code, value):
-        "What stands for `value` in the steps: a `Number` if it is one, else itself behind a guard."
-        if isinstance(value, Real) and not isinstance(value, bool): return Number(self, code, value)
-        if not isinstance(value, (tuple, list)): return self.guard(code, value)
-        self.guard(f'len({code})', len(value))
-        return type(value)(self.read(f'{code}[{i}]', v) for i, v in enumerate(value))
 
     def operation(self, name, args, kwargs):
         "Write down torch's operation `name`; an in-place one moves its target to the new node."
         in_place, name = name.endswith('_') and not name.startswith('__'), name.strip('_')
         name = SAME.get(name, name)
         if name == 'detach' or name == 'to' and self._is_own_type(*args, **kwargs): return args[0]
-        if name == 'pow' and type(args[1]) in (int, float) and args[1] in (2, 0.5): name, args = {2: 'square', 0.5: 'sqrt'}[args[1]], args[:1]
+        if name == 'pow' and len(args) > 1 and type(args[1]) in (int, float) and args[1] in (2, 0.5): name, args = {2: 'square', 0.5: 'sqrt'}[args[1]], args[:1]
+        kwargs = {k: v for k, v in kwargs.items() if v is not None and v is not False}      # torch's own defaults
         node = self._node(name, args, kwargs)
         if in_place: return self._assign(args[0], node, name)
         self.nodes.append(node)
         return Value(self, len(self.nodes) - 1)
 
     def _is_own_type(self, a, dtype):
-        if dtype != self.like.dtype and not isinstance(dtype, Value): raise Unfusable(f'a conversion to {dtype} has no fused form')
+        if dtype != self.like.dtype and type(dtype) is not Value: raise Unfusable(f'a conversion to {dtype} has no fused form')
         return not self.nodes[a.id].logical
 
     def _node(self, name, args, kwargs):
@@ -116,35 +96,39 @@ class Tape:
         try: code = table[name](*map(write, args), **{k: write(v) for k, v in kwargs.items()})
         except TypeError: code = None
         if code is None: raise Unfusable(f'{name} with these arguments has no fused form')
-        per = 'element' if any(self.nodes[a.id].per == 'element' for a in (*args, *kwargs.values()) if isinstance(a, Value)) else 'tensor'
+        used = [self.nodes[a.id] for a in (*args, *kwargs.values()) if type(a) is Value]
+        if table is not LOGICAL and name not in ('where', 'to', 'clone') and all(n.logical for n in used): raise Unfusable(f'{name} of true and false has no fused form')
+        per = 'element' if any(n.per == 'element' for n in used) else 'tensor'
         if table is not SUMS: return Node(code, _needs(code), per, table is LOGICAL)
         if per == 'tensor': raise Unfusable(f'{name} of one number has no fused form')
         return Node(code[0], _needs(code[0]), 'tensor', total=code[1])
 
     def _tensor(self, x):
+        if type(x) is Value: return f'v{x.id}'
         if isinstance(x, Tensor): raise Unfusable('a tensor that is neither p, g nor in the state has no place in a kernel')
-        return f'v{x.id}' if isinstance(x, Value) else x
+        return x
 
     def _operand(self, x):
-        if isinstance(x, bool) or not isinstance(x, (Real, Number)): return self._tensor(x)
+        if type(x) is not Number and (type(x) in (bool, Value) or not isinstance(x, Real)): return self._tensor(x)
         if (code := _code_of(x)) not in self.coefs: self.coefs.append(code)
         return f'c{self.coefs.index(code)}'
 
     def _rounded(self, x): # as torch treats the numbers in a sum of half precision on a CPU, and in no other operation
-        number = isinstance(x, (Real, Number)) and self.like.dtype in HALF
-        return f'R({self._operand(x)})' if number else self._operand(x)
+        return f'R({self._operand(x)})' if self.like.dtype in HALF and type(x) is not Value else self._operand(x)
 
     def _assign(self, target, node, name):
-        if not isinstance(target, Value): raise Unfusable(f'{name}_ changes a tensor that is neither p nor in the state')
+        if type(target) is not Value: raise Unfusable(f'{name}_ changes a tensor that is neither p nor in the state')
         if target is self.values[1]: raise Unfusable(f'{name}_ changes the gradient')
-        if node.per != self.nodes[target.id].per: raise Unfusable(f'{name}_ changes the shape of a tensor')
+        old = self.nodes[target.id]
+        if node.per != old.per or old.logical and not node.logical: raise Unfusable(f'{name}_ changes the shape or the type of a tensor')
+        if node.logical and not old.logical: node = node._replace(code=f'where({node.code}, T(1), T(0))', logical=False)
         self.nodes.append(node)
         target.id = len(self.nodes) - 1
         return target
 
 def _needs(code): return tuple(int(i) for i in re.findall(r'\bv(\d+)\b', code))
 
-# %% ../nbs/10b_recorder.ipynb #eba1a7e8
+# %% ../nbs/10b_recorder.ipynb #552b5ac0
 class Recording:
     "Steps as a kernel needs them: `numbers` for Python to run at each step, `nodes` and `stores` to become the kernel."
     def __init__(self,
@@ -169,9 +153,9 @@ def record(
     "Run the steps on stand-ins that write down what happens to them."
     tape, reason, after = Tape(like, ['p', 'g', *(f's{i}_{k}' for i, k in enumerate(tensors))]), None, {}
     p, g, *old = tape.values
-    hypers = {k: tape.read(f'H[{k!r}]', v) for _, h in calls for k, v in h.items()}
-    state = {**dict(zip(tensors, old)), **{k: tape.read(f'N[{k!r}]', v) for k, v in numbers.items()}}
     try:
+        hypers = {k: tape.read(f'H[{k!r}]', v) for _, h in calls for k, v in h.items()}
+        state = {**dict(zip(tensors, old)), **{k: tape.read(f'N[{k!r}]', v) for k, v in numbers.items()}}
         _rehearse(calls, hypers, p, g, state)
         after, reason = _left_behind(tape, state, tensors, numbers)
     except Unfusable as e: reason = str(e)
@@ -184,15 +168,15 @@ def _rehearse(calls, hypers, p, g, state):
         for f, names in calls:
             try:
                 d = f(p, g, state, **{k: hypers[k] for k in names})
-                if d is not None and not (isinstance(d, Value) and p.tape.nodes[d.id].per == 'element'): raise Unfusable('the update is no tensor of the shape of p')
+                if d is not None and not (type(d) is Value and p.tape.nodes[d.id].per == 'element'): raise Unfusable('the update is no tensor of the shape of p')
             except Exception as e: raise Unfusable(f'step {name_of(f)}: {e}') from e
             g = g if d is None else d
 
 def _left_behind(tape, state, tensors, numbers):
     "The source of each number in the state, and the reason if there is more in it than a kernel can write back."
-    if {k for k in state if isinstance(state[k], Value)} != {*tensors} or state.keys() != {*tensors, *numbers}: return {}, ''
+    if {k for k in state if type(state[k]) is Value} != {*tensors} or state.keys() != {*tensors, *numbers}: return {}, ''
     kept = [tape.values[0], *(state[k] for k in tensors)]
     for i, (k, v) in enumerate(zip(tensors, kept[1:]), 2):
         if any(v is w for w in kept[:i - 1]) or v.id < len(tape.values) and v.id != i: return {}, f'state[{k!r}] is a second name of another tensor: keep a clone'
         if tape.nodes[v.id].per != 'element': return {}, f'state[{k!r}] is no tensor of the shape of p'
-    return {k: state[k].code if isinstance(state[k], Number) else tape._constant(state[k]) for k in numbers}, None
+    return {k: tape._source(state[k]) for k in numbers}, None
