@@ -78,7 +78,7 @@ def test_a_contender_that_fails_does_not_stop_the_rest(monkeypatch):
 
 @pytest.mark.parametrize('args,message', [
     (['--sets', 'resnet51'], "sets must be some of resnet50, vit_small, small, large, separated by commas, got 'resnet51'"),
-    (['--optimizers', 'SGD,Sgd'], "optimizers must be some of SGD, AdamW, Lion, LAMB, separated by commas, got 'Sgd'"),
+    (['--optimizers', 'SGD,Sgd'], "optimizers must be some of SGD, AdamW, Lion, LAMB, LARS, separated by commas, got 'Sgd'"),
     (['--dtypes', 'float64'], "dtypes must be some of float32, bfloat16, separated by commas, got 'float64'"),
     (['--only', 'ours quick'], "only must be some of ours loop"),
     (['--reps', '1'], 'reps must be at least 2, got 1'),

@@ -241,6 +241,66 @@ def test_what_has_no_kernel(step, reason):
     if 'rand' not in reason and not reason.startswith('do'): assert max_diff(a, b) == 0.
 
 
+def asks_type(p, g, state, *, weight_decay=0.1): return g + weight_decay*p if isinstance(weight_decay, float) else g
+def alternating(p, g, state): state['t'] = t = state.get('t', 0) + 1; return g*(-1)**t*(1 - (-0.5)**t)
+def paired(p, g, state, *, lr): a, b = state.get('pair', (0., 1)); state['pair'] = 0.9*a + 0.1*lr, b + 1; return g*(1 + a)*b
+def formats(p, g, state): state['t'] = t = state.get('t', 0) + 1; return -g if f'{t}'[-1] == '3' else g
+def counts_masks(p, g, state): return g*((g > 0) + (p > 0))
+def in_place_mask(p, g, state): b = state['b'] = state['b'].copy_(g).gt_(0) if 'b' in state else g.clone(); return g*(b + 1)
+def catches(p, g, state):
+    state['t'] = t = state.get('t', 0) + 1
+    try: return g*(1/(t - 2))
+    except ZeroDivisionError: return g*5.
+def divides(p, g, state): state['t'] = t = state.get('t', 0) + 1; return g*(1/(t % 3)) if t % 3 else g
+def old_signature(p, g, state, *, lr): m = g*2; p.addcdiv_(m, g.abs() + 1, value=-lr)
+def makes_and_deletes(p, g, state):
+    if 'x' in state: del state['x']
+    else: state['x'] = 1
+
+@pytest.mark.parametrize('step', [asks_type, alternating, paired, formats, counts_masks, in_place_mask, catches, divides, old_signature, makes_and_deletes])
+def test_python_in_steps(step):
+    "What steps may do with numbers and masks comes out as in the loop, by a kernel or without one."
+    loop, kernel = (train(partial(of_steps, [step, sgd], **way), steps=9) for way in (dict(foreach=False), dict(fused=True)))
+    assert max_diff(loop.ps, kernel.ps) < 1e-6 and max_diff(loop.ps, leaves()) > 1e-3
+    assert str(sorted(loop.state[loop.ps[1]].items(), key=str)) == str(sorted(kernel.state[kernel.ps[1]].items(), key=str))
+
+@pytest.mark.filterwarnings('ignore:This overload:UserWarning')
+def test_arguments_in_torchs_old_order_are_not_recorded():
+    def step(p, g, state, *, lr): p.addcdiv_(-lr, g, g.abs() + 1)
+    opt = train(partial(of_steps, [step], fused=True), steps=3)
+    assert {p.reason for p in programs(opt)} == {'step step: addcdiv with these arguments has no fused form'}
+
+@pytest.mark.parametrize('swap', [lambda t: t[:3], lambda t: t.reshape(2, 4), lambda t: torch.cat([t, t])])
+def test_a_parameter_that_changes_its_shape(swap):
+    "Same object, perhaps the same address, other elements: never the old layout."
+    def run(**way):
+        p = torch.ones(8).requires_grad_(); beyond = p.data
+        p.grad = torch.ones(8)
+        opt = of_steps([sgd], [p], **way)
+        opt.step(), opt.step()
+        p.grad, p.data = None, swap(p.data)
+        p.grad = torch.ones_like(p)
+        opt.step()
+        return [p, beyond]
+    assert max_diff(run(), run(fused=True)) == 0.
+
+def test_tensors_that_overlap_run_in_python():
+    base = torch.ones(10)
+    ps = [base[:6].requires_grad_(), base[4:].detach().requires_grad_()]
+    for p in ps: p.grad = torch.ones_like(p)
+    assert warned(of_steps([sgd], ps, fused=True)) == ['two tensors share their memory']
+
+def test_hyperparameters_changed_in_place_are_noticed():
+    def step(p, g, state, *, lr, options=None): p.add_(g, alpha=-lr*options['a'])
+    ps = with_grads()
+    opt = StepOptimizer(ps, [step], lr=0.1, options={'a': 1.}, fused=True)
+    opt.step(), opt.step()
+    opt.param_groups[0]['options']['a'] = 3.
+    before = ps[0].detach().clone()
+    opt.step()
+    assert torch.allclose(before - ps[0], torch.full((4, 4), 0.3))
+
+
 def test_kernels_do_not_depend_on_numbers_or_shapes(monkeypatch):
     monkeypatch.setattr(build, 'KERNELS', {})
     for shapes, lr in ((SHAPES, 0.1), (((9, 9),), 0.2), (((2,), (5, 5, 5)), 0.3)):
