@@ -175,9 +175,9 @@ def check_dense(
 ) -> list: # its parameters that have a gradient
     "Raise a `ValueError` that names the parameter, if a gradient of `group` is sparse."
     params, grads = group['params'], [p.grad for p in group['params']]
-    for i, g in enumerate(grads):
-        if g is not None and g.layout is not torch.strided:
-            raise ValueError(f"params[{i}] (shape {tuple(g.shape)}) has a sparse gradient: steps need dense ones; use sparse=False in the embedding, or torch.optim.SparseAdam")
+    if {g.layout for g in grads if g is not None} - {torch.strided}:
+        i, g = next((i, g) for i, g in enumerate(grads) if g is not None and g.layout is not torch.strided)
+        raise ValueError(f"params[{i}] (shape {tuple(g.shape)}) has a sparse gradient: steps need dense ones; use sparse=False in the embedding, or torch.optim.SparseAdam")
     return [p for p, g in zip(params, grads) if g is not None]
 
 # %% ../nbs/09a_checks.ipynb #e38f2b20

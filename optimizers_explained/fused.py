@@ -77,7 +77,7 @@ class Memo:
         if reason and reason not in self.told: warnings.warn(f'fused=True, and still some parameters are stepped without a kernel: {reason}', stacklevel=7)
         self.told.add(reason)
 
-# %% ../nbs/10e_fused.ipynb #8314da3c
+# %% ../nbs/10e_fused.ipynb #f9deac67
 def _strides(t): return tuple((s, n) for s, n in zip(t.stride(), t.shape) if n != 1)
 
 def is_dense(
@@ -105,12 +105,13 @@ class Layout:
         chunk:int, # elements that are taken at a time
     ):
         ps, self.columns, self.uploaded = local(columns[0]), columns, None
+        self.seen = [p.detach() for p in ps]               # other names for the same memory: whether a parameter is still there
         self.device, self.dtype, self.placements = ps[0].device, ps[0].dtype, getattr(columns[0][0], 'placements', None)
         self.shapes, self.strides, self.geometry = [p.shape for p in ps], [p.stride() for p in ps], list(map(_strides, ps))
         if type(ps[0]) not in (Tensor, torch.nn.Parameter): raise Unfusable(f'a parameter is a {type(ps[0]).__name__}')
         if not all(map(is_dense, ps)): raise Unfusable('a parameter has gaps in memory')
         if {t.device for c in columns for t in local(c)} != {self.device}: raise Unfusable('a state is on another device than its parameter')
-        for c in columns: self.check(c)
+        for c in columns: self.check(c, self.shapes)
         self.pointers, self.sizes = list(map(_addresses, columns)), array('q', [p.numel() for p in ps])
         self.taken = {a for c in self.pointers for a in c} - {0}
         spans = sorted((a, a + n*ps[0].element_size()) for c in self.pointers for a, n in zip(c, self.sizes) if n)
@@ -121,10 +122,11 @@ class Layout:
 
     def check(self,
         tensors, # one for each parameter
+        shapes=None, # those of the parameters; autograd sees to it that a new gradient has the shape of its parameter
     ):
-        "Raise `Unfusable` unless the tensors have the dtype, the shape and the memory layout of the parameters."
+        "Raise `Unfusable` unless the tensors have the dtype, the memory layout and, if given, the `shapes` of the parameters."
         ts = local(tensors)
-        if [t.shape for t in ts] != self.shapes: raise Unfusable('a gradient or a state has another shape than its parameter')
+        if shapes and [t.shape for t in ts] != shapes: raise Unfusable('a gradient or a state has another shape than its parameter')
         if {t.dtype for t in ts} != {self.dtype}: raise Unfusable('a gradient or a state has another dtype than its parameter')
         if [t.stride() for t in ts] != self.strides and list(map(_strides, ts)) != self.geometry: raise Unfusable('a gradient or a state has another memory layout than its parameter')
         if self.placements and any(getattr(t, 'placements', None) != self.placements for t in tensors): raise Unfusable('a gradient or a state is sharded in another way than its parameter')
@@ -134,8 +136,7 @@ class Layout:
     ) -> bool:
         "Whether these are the tensors that were checked, at the same addresses, and the parameters have the same shape."
         if len(columns) != len(self.columns) or not all(map(operator.is_, columns, self.columns)) or list(map(_addresses, columns)) != self.pointers: return False
-        ps = local(columns[0])
-        return [p.shape for p in ps] == self.shapes and [p.stride() for p in ps] == self.strides and {p.dtype for p in ps} == {self.dtype}
+        return all(map(Tensor.is_set_to, local(columns[0]), self.seen))
 
 # %% ../nbs/10e_fused.ipynb #8c8a83d1
 def touch(
@@ -146,7 +147,7 @@ def touch(
     try: bump(tensors)
     except TypeError: [bump(t) for t in tensors]               # older versions of torch take one at a time
 
-# %% ../nbs/10e_fused.ipynb #dc043cd0
+# %% ../nbs/10e_fused.ipynb #9f3afd3c
 def fuse(
     memo:Memo, # of the optimizer
     calls, # pairs of a step and its hyperparameters by name
@@ -156,9 +157,10 @@ def fuse(
     program, coefs, numbers = memo.program(calls, bucket.params[0], bucket.columns)
     if program.reason is not None: raise Unfusable(program.reason)
     columns, grads = [bucket.params, *(c for c in bucket.columns.values() if isinstance(c[0], Tensor))], [p.grad for p in bucket.params]
-    if bucket.layout is None or not bucket.layout.fits(columns): bucket.layout = Layout(columns, program.kernel.chunk)
+    new = bucket.layout is None or not bucket.layout.fits(columns)
+    if new: bucket.layout = Layout(columns, program.kernel.chunk)
     layout, pointers = bucket.layout, _addresses(grads)
-    layout.check(grads)
+    layout.check(grads, layout.shapes if new else None)
     if layout.placements and program.kernel.sums: raise Unfusable('a norm or sum over a sharded tensor has no fused form')
     if not layout.taken.isdisjoint(pointers): raise Unfusable('a gradient shares its memory with a parameter or a state')
     program.kernel([layout.pointers[0], pointers, *layout.pointers[1:]], layout, coefs)

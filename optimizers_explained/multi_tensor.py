@@ -112,7 +112,7 @@ def _takes_lists(args): # torch's list kernels round numbers to half precision o
     half = first.device.type == 'cpu' and first.dtype in (torch.bfloat16, torch.float16)
     return not half and not any(isinstance(a, Tensor) and a.ndim for a in args)
 
-# %% ../nbs/10_backends.ipynb #7c24a2cf
+# %% ../nbs/10_backends.ipynb #130ce184
 def bucket_key(
     p:Tensor, # a parameter
     state:dict, # its state
@@ -130,7 +130,8 @@ class Bucket:
 
     def fits(self):
         "Whether the states still are what the last step left."
-        return all(len(s) == len(self.columns) for s in self.states) and all(_are([s.get(k) for s in self.states], c) for k, c in self.columns.items())
+        try: return {*map(len, self.states)} == {len(self.columns)} and all(_are(list(map(operator.itemgetter(k), self.states)), c) for k, c in self.columns.items())
+        except KeyError: return False
 
     @property
     def state(self):

@@ -49,10 +49,10 @@ class Runner:
         contender, # a `Contender`
         optimizer, # SGD, AdamW, Lion, LARS or LAMB
         params:list, # tensors, copied
-        grads:list, # tensors, left as they are
+        grads:list, # tensors, copied: nobody is to find them in the cache because somebody else has just read them
     ):
         self.params, self.device = [p.clone().requires_grad_() for p in params], params[0].device
-        self.contender, self.grads, self.t, self.spoils, self.lr = contender, grads, 0, True, hypers[optimizer]['lr']
+        self.contender, self.grads, self.t, self.spoils, self.lr = contender, [g.clone() for g in grads], 0, True, hypers[optimizer]['lr']
         self.opt = contender.make(optimizer, self.params)
 
     def prepare(self):
