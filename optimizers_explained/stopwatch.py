@@ -22,7 +22,7 @@ __all__ = ['moves', 'caches', 'timed', 'Runner', 'alternate', 'spread', 'copy_sp
            'cold_and_warm', 'builds_under_onecycle']
 
 # %% ../nbs/21b_stopwatch.ipynb #c997b27f
-import gc, json, os, statistics, subprocess, sys, tempfile, time, tracemalloc
+import gc, json, os, random, statistics, subprocess, sys, tempfile, time, tracemalloc
 from itertools import accumulate
 
 import torch
@@ -79,12 +79,12 @@ def alternate(
     reps:int, # rounds; in each, everybody steps once
     tick=lambda: None, # called after each round
 ) -> dict: # `{name: [seconds]}`
-    "Time one step of each in turn, again and again, in an order that rotates, with Python's garbage collector off."
+    "Time one step of each in turn, again and again, each round in another order, with Python's garbage collector off."
     names, times = list(runners), {k: [] for k in runners}
     gc.collect(); gc.disable()
     try:
         for i in range(reps):
-            for k in names[i % len(names):] + names[:i % len(names)]:
+            for k in random.Random(i).sample(names, len(names)):
                 runners[k].prepare(); times[k].append(timed(runners[k]))
             tick()
     finally: gc.enable()
@@ -192,6 +192,7 @@ def builds_under_onecycle(
     "Count what is built while `OneCycleLR` changes the rate, and the momentum where there is one, at every step; on twelve small tensors."
     r = Runner(contender, optimizer, *(tensors(shapes('small', True), device=device, seed=i) for i in (0, 1)))
     sched = OneCycleLR(r.opt, r.lr, total_steps=steps + 1, cycle_momentum=any(k in r.opt.defaults for k in ('momentum', 'betas')))
+    if 'optimizers_explained.build' in sys.modules: sys.modules['optimizers_explained.build'].KERNELS.clear()      # what was loaded before counts again
     counts = [_builds()]
     for _ in range(steps):
         for p, g in zip(r.params, r.grads): p.grad = g.clone()
