@@ -19,7 +19,7 @@ Modules:
 - `optimizers_explained.fused`: Which parameters run in a kernel, which in Python, and how a reader is told.
 - `optimizers_explained.groups`: Parameter groups on a real ResNet and a real ViT: weight decay, layer decay, discriminative rates, freezing, and timm's factory building our optimizers.
 - `optimizers_explained.judge`: A falling loss proves little. What does, in functions of a few lines.
-- `optimizers_explained.kernels`: A recording becomes C++ or Triton source: a loop that fetches an element, does everything to it, and stores it.
+- `optimizers_explained.kernels`: A recording becomes C++ source: a loop that fetches an element, does everything to it, and stores it.
 - `optimizers_explained.kinds`: Half precision, complex numbers, sparse gradients, odd layouts: trained like any other, or refused in words.
 - `optimizers_explained.manners`: What a training loop expects of `step()`: gradients, groups, schedulers, scalers.
 - `optimizers_explained.multi_tensor`: The same steps on one tensor, on a list of tensors, or in one kernel made from them.
@@ -32,6 +32,7 @@ Modules:
 - `optimizers_explained.rosetta`: Recipes translated between torch, Composer, fastai, timm and optimi, and every entry of the table run on both sides.
 - `optimizers_explained.rules`: One common form for twenty optimizers, and a rule for each thing that a destination may lack.
 - `optimizers_explained.stopwatch`: Alternate, take medians, count bytes: the instruments of the benchmark, each tried on a case with a known answer.
+- `optimizers_explained.triton_kernels`: The recording that became C++ becomes Triton source for a GPU: a program for every block of every tensor.
 - `optimizers_explained.trust`: A step is measured against the weights that it changes. Then the size of the gradient cancels, and a weight of 0 becomes a special case.
 - `optimizers_explained.wrapper`: fastai's names, slices and freezing for any torch optimizer, which goes on doing its own arithmetic."""
 

@@ -29,8 +29,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from .kernels import BLOCK, CHUNK, Cpp, Triton
+from .kernels import CHUNK, Cpp
 from .operations import Unfusable
+from .triton_kernels import BLOCK, Triton
 
 # %% ../nbs/10d_build.ipynb #b5faa752
 def cache_dir() -> Path: # `Unfusable` if it cannot be made, or is not yours alone
@@ -121,14 +122,15 @@ class CppKernel:
 
     def __call__(self,
         pointers, # for each tensor argument an array of addresses
-        layout, # with `sizes`, and `tensor` and `first` for each chunk
+        layout, # with `sizes`, with `tensor` and `first` for each chunk, and `waves` of chunks: arrays of starts
         coefs, # the numbers of this step
     ):
         "Step all tensors of a bucket."
         address, part = lambda a: ctypes.c_void_p(a.buffer_info()[0]), array('d', bytes(8*self.sums*len(layout.tensor)))
         table, coefs, totals = array('q', [p.buffer_info()[0] for p in pointers]), array('d', coefs), array('d', bytes(8*self.sums*len(layout.sizes)))
-        self.run(address(table), address(layout.sizes), ctypes.c_int64(len(layout.tensor)), address(layout.tensor), address(layout.first), address(coefs),
-                 address(part), address(totals), ctypes.c_int64(torch.get_num_threads()))
+        rest = list(map(address, (table, layout.sizes, layout.tensor, layout.first, coefs, part, totals)))
+        for starts in layout.waves if self.sums else [array('q', [0, len(layout.tensor)])]:
+            self.run(*rest, address(starts), ctypes.c_int64(len(starts) - 1), ctypes.c_int64(torch.get_num_threads()))
 
 class TritonKernel:
     "A recording as functions for the GPU. Nothing here waits for the device."

@@ -159,7 +159,7 @@ def _shape(o): return getattr(o, 'shapes', None) or (o.shape if isinstance(o, Te
 def _plain(shape): return tuple(shape) if isinstance(shape, torch.Size) else list(map(tuple, shape))
 
 class Checked:
-    "A step that reports itself when it changes `g` in place: what `debug=True` wraps around every step."
+    "A step that reports itself when it changes `g` in place, or returns another shape: what `debug=True` wraps around every step."
     def __init__(self,
         step # the step to watch
     ): self.func, self.__signature__ = step, inspect.signature(step)
@@ -167,18 +167,18 @@ class Checked:
         before = g._version
         d = self.func(p, g, state, **hypers)
         if g._version != before: raise RuntimeError(f"step {name_of(self.func)} changed g in place: g starts as p.grad, which must stay as it is; return a new tensor instead")
-        return d
+        return d if d is None else check_update(self.func, d, p)
 
 # %% ../nbs/09a_checks.ipynb #1d104fe4
 def check_dense(
     group:dict, # a parameter group
-) -> list: # its parameters that have a gradient
+) -> tuple: # its parameters that have a gradient, and the gradients, as two lists
     "Raise a `ValueError` that names the parameter, if a gradient of `group` is sparse."
     params, grads = group['params'], [p.grad for p in group['params']]
     if {g.layout for g in grads if g is not None} - {torch.strided}:
         i, g = next((i, g) for i, g in enumerate(grads) if g is not None and g.layout is not torch.strided)
         raise ValueError(f"params[{i}] (shape {tuple(g.shape)}) has a sparse gradient: steps need dense ones; use sparse=False in the embedding, or torch.optim.SparseAdam")
-    return [p for p, g in zip(params, grads) if g is not None]
+    return [p for p, g in zip(params, grads) if g is not None], [g for g in grads if g is not None]
 
 # %% ../nbs/09a_checks.ipynb #e38f2b20
 def check_speed(
