@@ -101,8 +101,8 @@ def buffer_in_float32(p, g, state, *, momentum=0., dampening=0., nesterov=False)
 
 @fault('ADAM', 'treats each parameter alone')
 class step_count_shared_between_parameters(StepOptimizer):
-    def run(self, group, params):
-        super().run(group, params)
+    def run(self, group, params, grads):
+        super().run(group, params, grads)
         most = max((s.get('step', 0) for s in self.state.values()), default=0)
         for p in params: self.state[p]['step'] = most
 
@@ -119,23 +119,23 @@ def buffer_is_the_gradient(p, g, state, *, momentum=0., dampening=0., weight_dec
 
 @fault('SGD', 'skips missing gradients')
 class none_treated_as_zero(StepOptimizer):
-    def run(self, group, params):
+    def run(self, group, params, grads):
         late = [p for p in group['params'] if p.grad is None]
         for p in late: p.grad = torch.zeros_like(p)
-        super().run(group, group['params'])
+        super().run(group, group['params'], [p.grad for p in group['params']])
         for p in late: p.grad = None
 
 @fault('ADAM', 'skips missing gradients')
 class steps_counted_without_gradient(StepOptimizer):
-    def run(self, group, params):
-        super().run(group, params)
+    def run(self, group, params, grads):
+        super().run(group, params, grads)
         for p in group['params']:
             if p.grad is None and p in self.state: self.state[p]['step'] += 1
 
 @fault('REL', 'lets frozen parameters rest')
 class decays_frozen_parameters(StepOptimizer):
-    def run(self, group, params):
-        super().run(group, params)
+    def run(self, group, params, grads):
+        super().run(group, params, grads)
         for p in group['params']:
             if p.grad is None: p.mul_(1 - 1e-3)
 
@@ -150,39 +150,41 @@ def becomes_float32(p, g, state, *, lr): p.data = (p - lr*g).to(torch.float64 if
 
 @fault('SGD', 'handles or refuses sparse gradients')
 class sparse_gradient_half_way(StepOptimizer):
-    def run(self, group, params):
+    def run(self, group, params, grads):
         for p in params:
             if p.grad.layout is not torch.strided: raise ValueError('sparse gradients are not supported')
-            super().run(group, [p])
+            super().run(group, [p], [p.grad])
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups: self.run(group, [p for p in group['params'] if p.grad is not None])
+        for group in self.param_groups:
+            live = [p for p in group['params'] if p.grad is not None]
+            self.run(group, live, [p.grad for p in live])
         return loss
 
 
 # --- groups and schedules
 @fault('SGD', 'keeps groups apart')
 class group_ignored(StepOptimizer):
-    def run(self, group, params): super().run(self.param_groups[0], params)
+    def run(self, group, params, grads): super().run(self.param_groups[0], params, grads)
 
 @fault('SGD', 'follows every scheduler')
 class defaults_instead_of_groups(StepOptimizer):
-    def run(self, group, params): super().run({**group, 'lr': self.defaults['lr']}, params)
+    def run(self, group, params, grads): super().run({**group, 'lr': self.defaults['lr']}, params, grads)
 
 @fault('REL', 'follows every scheduler')
 class decay_relative_to_initial_lr(StepOptimizer):
-    def run(self, group, params): super().run({**group, 'lr0': group.get('initial_lr', group['lr0'])}, params)
+    def run(self, group, params, grads): super().run({**group, 'lr0': group.get('initial_lr', group['lr0'])}, params, grads)
 
 @fault('REL', 'takes new groups')
 class lr0_of_the_first_group(StepOptimizer):
-    def run(self, group, params): super().run({**group, 'lr0': self.param_groups[0]['lr0']}, params)
+    def run(self, group, params, grads): super().run({**group, 'lr0': self.param_groups[0]['lr0']}, params, grads)
 
 @fault('SGD', 'takes new groups')
 class late_group_forgotten(StepOptimizer):
-    def run(self, group, params):
+    def run(self, group, params, grads):
         if not hasattr(self, 'known'): self.known = len(self.param_groups)
-        if any(group is g for g in self.param_groups[:self.known]): super().run(group, params)
+        if any(group is g for g in self.param_groups[:self.known]): super().run(group, params, grads)
 
 @fault('SGD', 'takes names')
 class names_dropped(StepOptimizer):
@@ -273,7 +275,7 @@ class update_inside_backward(StepOptimizer):
         super().add_param_group(group)
         for p in self.param_groups[-1]['params']: p.register_post_accumulate_grad_hook(self.now)
     @torch.no_grad()
-    def now(self, p): self.run(self.param_groups[0], [p])
+    def now(self, p): self.run(self.param_groups[0], [p], [p.grad])
     def step(self, closure=None): pass
 
 @fault('SGD', 'explains mistakes')

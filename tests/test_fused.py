@@ -284,6 +284,61 @@ def test_a_parameter_that_changes_its_shape(swap):
         return [p, beyond]
     assert max_diff(run(), run(fused=True)) == 0.
 
+@pytest.mark.parametrize('how', [lambda p: p.data.t(), lambda p: p.data.t().contiguous(), lambda p: p.data.view(4, 16)])
+def test_a_parameter_that_keeps_its_memory_in_another_order(how):
+    def run(**way):
+        p = torch.arange(64.).view(8, 8).requires_grad_()
+        p.grad = torch.arange(64.).view(8, 8)
+        opt = of_steps([momentum, sgd], [p], **way)
+        opt.step(), opt.step()
+        p.grad, p.data = None, how(p)
+        p.grad = torch.arange(64.).view(p.shape)
+        for s in opt.state.values(): s['momentum_buffer'] = torch.zeros_like(p)
+        opt.step()
+        return [p]
+    assert max_diff(run(), run(fused=True)) == 0. and max_diff(run(), [p.t().contiguous().view(p.shape) for p in run()]) > 0.1
+
+def test_a_gradient_that_was_cut_is_not_read_beyond_its_end():
+    ps = with_grads()
+    opt = of_steps([sgd], ps, fused=True)
+    opt.step(), opt.step()
+    ps[0].grad.data = ps[0].grad.data[:3]
+    with pytest.warns(UserWarning, match='another shape than its parameter'), pytest.raises(RuntimeError, match='size of tensor'): opt.step()      # the second from the loop
+
+@pytest.mark.parametrize('name', ['lars', 'lamb', 'clip'])
+def test_waves(name, monkeypatch):
+    "Small tensors dealt out whole, large ones stepped by all threads: the numbers of the loop, and the same bits with any number of threads."
+    monkeypatch.setattr(fused, 'WAVE', 2000)
+    shapes = [(30, 30)]*20 + [(700, 700)] + [(40, 10)]*20 + [(3, 2)]
+    def run(threads=2, scale=1., **way):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            ps, gen = leaves(shapes=shapes), torch.Generator().manual_seed(1)
+            opt = of_steps(CHAINS[name], ps, **way)
+            for _ in range(4):
+                for p in ps: p.grad = scale*torch.randn(p.shape, generator=gen)
+                opt.step()
+        finally: torch.set_num_threads(before)
+        return opt, ps
+    opt, kernel = run(fused=True)
+    runs = next(iter(opt.memo.plans.values()))[2][0].layout.waves
+    assert [len(w) > 2 for w in runs] == [True, False, True]
+    assert max_diff(kernel, run()[1]) < 1e-6 and max_diff(kernel, leaves(shapes=shapes)) > 1e-3
+    assert all(max_diff(kernel, run(threads=n, fused=True)[1]) == 0. for n in (1, 2, 3))
+    assert max_diff(kernel, run(scale=-1., fused=True)[1]) > 1e-3
+
+@pytest.mark.parametrize('name', ['SGD', 'AdamW', 'LAMB'])
+def test_lists_in_pieces(name, monkeypatch):
+    "A long list is cut; the bits are those of the loop."
+    make = exercised(getattr(optim, name))
+    whole = train(partial(make, foreach=True))
+    monkeypatch.setattr(fused, 'PIECE', 10)
+    pieces = train(partial(make, foreach=True))
+    count = lambda opt: max(len(found) for _, _, found in opt.memo.plans.values())
+    assert count(pieces) > count(whole)
+    assert max_diff(pieces.ps, whole.ps) == max_diff(pieces.ps, train(make).ps) == 0. and max_diff(pieces.ps, train(partial(make, foreach=True), steps=13).ps) > 1e-6
+
 def test_tensors_that_overlap_run_in_python():
     base = torch.ones(10)
     ps = [base[:6].requires_grad_(), base[4:].detach().requires_grad_()]

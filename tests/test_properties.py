@@ -216,8 +216,8 @@ def found(prop, strategy):
 
 class OneCount(StepOptimizer):
     "Counts the steps of all parameters together."
-    def run(self, group, params):
-        super().run(group, params)
+    def run(self, group, params, grads):
+        super().run(group, params, grads)
         most = max((s.get('step', 0) for s in self.state.values()), default=0)
         for p in params: self.state[p]['step'] = most
 
