@@ -31,7 +31,7 @@ from .recorder import record
 # %% ../nbs/10e_fused.ipynb #fc67769f
 BACKENDS = dict(cpu=CppKernel, cuda=TritonKernel) # the kernel of each kind of device
 LIMIT = 16 # recordings of the same steps; with more, Python runs them
-WAVE = 2**16 # elements that a thread takes through all loops of a kernel, one after the other: what one has read is in the cache for the next
+WAVE = 2**16 # elements that a thread takes through all phases of a kernel, one phase after the other
 
 class Program:
     "A recording and, if one can be made, its kernel."
@@ -99,12 +99,12 @@ def local(
 
 def _numbers(of, tensors): return array('q', list(map(of, local(tensors))))
 
-def _waves(sizes, chunks): # where to cut the chunks
+def _waves(sizes, chunk): # arrays of chunks: where waves start, and the last one ends. An array of two is for all threads together
     wide, at, runs = sum(sizes)//(8*torch.get_num_threads()), 0, []
-    for is_wide, group in groupby(zip(sizes, chunks), lambda pair: pair[0] > wide):
+    for is_wide, group in groupby(sizes, lambda size: size > wide):
         starts, left = [at], WAVE
-        for size, n in group:
-            at, left = at + n, left - size
+        for size in group:
+            at, left = at - -size//chunk, left - size
             if left <= 0 and not is_wide: starts, left = [*starts, at], WAVE
         runs.append(array('q', starts if starts[-1] == at else [*starts, at]))
     return runs
@@ -127,9 +127,8 @@ class Layout:
         self.taken = {a for c in self.pointers for a in c} - {0}
         spans = sorted((a, a + n*ps[0].element_size()) for c in self.pointers for a, n in zip(c, self.sizes) if n)
         if any(start < end for (_, end), (start, _) in pairwise(spans)): raise Unfusable('two tensors share their memory')
-        self.chunks = array('q', [-(-n//chunk) for n in self.sizes])
-        self.tensor = array('q', [i for i, n in enumerate(self.chunks) for _ in range(n)])
-        self.first, self.waves = array('q', [k*chunk for n in self.chunks for k in range(n)]), _waves(self.sizes, self.chunks)
+        self.chunks, self.waves = array('q', [-(-n//chunk) for n in self.sizes]), _waves(self.sizes, chunk)
+        self.tensor, self.first = (array('q', x) for x in ([i for i, n in enumerate(self.chunks) for _ in range(n)], [k*chunk for n in self.chunks for k in range(n)]))
 
     def check(self,
         tensors, # one for each parameter
@@ -146,9 +145,8 @@ class Layout:
         columns, # as when it was made
     ) -> bool:
         "Whether these are the tensors that were checked, at the same addresses, and the parameters have the same size and memory layout."
-        if len(columns) != len(self.columns) or not all(map(operator.is_, columns, self.columns)): return False
-        ps = local(columns[0])
-        return _numbers(Tensor.numel, ps) == self.sizes and list(map(self.order, ps)) == self.orders and [_numbers(Tensor.data_ptr, c) for c in columns] == self.pointers
+        return (len(columns) == len(self.columns) and all(map(operator.is_, columns, self.columns)) and _numbers(Tensor.numel, columns[0]) == self.sizes
+                and list(map(self.order, local(columns[0]))) == self.orders and [_numbers(Tensor.data_ptr, c) for c in columns] == self.pointers)
 
 # %% ../nbs/10e_fused.ipynb #8c8a83d1
 def touch(
@@ -165,8 +163,8 @@ def fuse(
     calls, # pairs of a step and its hyperparameters by name
     bucket, # a `multi_tensor.Bucket`
     grads, # its gradients
-):
-    "Step a bucket in one kernel; `Unfusable` if that cannot be, with nothing changed."
+): # a function: the launch of the kernel
+    "Get everything ready to step a bucket in one kernel; `Unfusable` if that cannot be, with nothing changed."
     program, coefs, numbers = memo.program(calls, bucket.params[0], bucket.columns)
     if program.reason is not None: raise Unfusable(program.reason)
     columns = [bucket.params, *(c for c in bucket.columns.values() if isinstance(c[0], Tensor))]
@@ -176,9 +174,9 @@ def fuse(
     layout.check(grads, layout.shapes if new else None)
     if layout.placements and program.kernel.sums: raise Unfusable('a norm or sum over a sharded tensor has no fused form')
     if not layout.taken.isdisjoint(pointers): raise Unfusable('a gradient shares its memory with a parameter or a state')
-    program.kernel([layout.pointers[0], pointers, *layout.pointers[1:]], layout, coefs)
     touch(bucket.params)
     bucket.set_numbers(numbers)
+    return lambda: program.kernel([layout.pointers[0], pointers, *layout.pointers[1:]], layout, coefs)
 
 def arrange(
     opt, # a `StepOptimizer`
@@ -191,10 +189,12 @@ def arrange(
     if not params: return
     lists = all(p.is_cuda for p in params) if opt.foreach is None else opt.foreach
     if not (lists or opt.fused): return (yield from zip(params, grads, list(map(opt.state.__getitem__, params))))
+    rest, launches = [], []
     for bucket in plan(opt.memo.plans, params, opt.state, float('inf') if opt.fused or params[0].is_cuda else PIECE):
         own = [grads[i] for i in bucket.rows]
-        try:
-            if opt.fused: fuse(opt.memo, calls, bucket, own); continue
-        except Unfusable as e: opt.memo.tell(str(e))
+        try: launches.append(fuse(opt.memo, calls, bucket, own)) if opt.fused else rest.append((bucket, own))
+        except Unfusable as e: opt.memo.tell(str(e)); rest.append((bucket, own))
+    for launch in launches: launch()
+    for bucket, own in rest:
         if lists or hasattr(bucket.params[0], 'to_local'): yield from in_lists(bucket, own)
         else: yield from zip(bucket.params, own, bucket.states)
