@@ -47,7 +47,7 @@ def LARS(
     eps=1e-8, # added to the norm that is divided by, >= 0
     *,
     maximize=False, # climb instead of descending
-    **options # for `StepOptimizer`: `foreach`, `debug`
+    **options # for `StepOptimizer`: `foreach`, `fused`, `debug`
 ) -> StepOptimizer:
     "SGD with a rate for each tensor (You, Gitman and Ginsburg, 2017), equal to timm's `Lars` with `always_adapt=True`."
     check_nesterov(nesterov, momentum, dampening)
@@ -68,7 +68,7 @@ def LAMB(
     weight_decay=0.01, # `weight_decay*p` is added to the update before it is scaled, >= 0
     *,
     maximize=False, # climb instead of descending
-    **options # for `StepOptimizer`: `foreach`, `debug`
+    **options # for `StepOptimizer`: `foreach`, `fused`, `debug`
 ) -> StepOptimizer:
     "Adam with a rate for each tensor (You et al., 2020), equal to timm's `Lamb` with `max_grad_norm=None, always_adapt=True`."
     return StepOptimizer(params, [flip, adam, l2, trust, sgd], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
