@@ -183,7 +183,7 @@ def plan(
     return found
 
 def _pieces(rows, limit): # cut before the row that would exceed the limit
-    pieces = []
+    pieces, room = [], limit
     for row in rows:
         if not pieces or row[0].numel() > room: pieces, room = [*pieces, []], limit
         pieces[-1].append(row)
