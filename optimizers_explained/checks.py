@@ -174,11 +174,12 @@ def check_dense(
     group:dict, # a parameter group
 ) -> tuple: # its parameters that have a gradient, and the gradients, as two lists
     "Raise a `ValueError` that names the parameter, if a gradient of `group` is sparse."
-    params, grads = group['params'], [p.grad for p in group['params']]
-    if {g.layout for g in grads if g is not None} - {torch.strided}:
-        i, g = next((i, g) for i, g in enumerate(grads) if g is not None and g.layout is not torch.strided)
+    params = list(group['params'])
+    live = [g for p in params if (g := p.grad) is not None]
+    if {g.layout for g in live} - {torch.strided}:
+        i, g = next((i, p.grad) for i, p in enumerate(params) if p.grad is not None and p.grad.layout is not torch.strided)
         raise ValueError(f"params[{i}] (shape {tuple(g.shape)}) has a sparse gradient: steps need dense ones; use sparse=False in the embedding, or torch.optim.SparseAdam")
-    return [p for p, g in zip(params, grads) if g is not None], [g for g in grads if g is not None]
+    return params if len(live) == len(params) else [p for p in params if p.grad is not None], live
 
 # %% ../nbs/09a_checks.ipynb #e38f2b20
 def check_speed(
