@@ -149,7 +149,6 @@ def check_update(
     p:Tensor, # the parameter
 ) -> Tensor: # `d`
     "Raise a `TypeError` or `ValueError` with the step's name unless `d` is a tensor of the shape of `p`."
-    if type(d) is Tensor and not hasattr(type(p), 'shapes') and d.shape == p.shape: return d
     got, want = _shape(d), _shape(p)
     if got == want: return d
     if got is None: raise TypeError(f"step {name_of(step)} must return a tensor or None, got {type(d).__name__}")
