@@ -155,7 +155,7 @@ def touch(
     "Raise their count of changes."
     bump = torch.autograd.graph.increment_version
     try: bump(tensors)
-    except TypeError: [bump(t) for t in tensors]               # older versions of torch take one at a time
+    except (TypeError, RuntimeError): [bump(t) for t in tensors]      # older versions of torch take one at a time
 
 # %% ../nbs/10e_fused.ipynb #9f3afd3c
 def fuse(

@@ -102,7 +102,7 @@ def together(
     if fast and is_list and _takes_lists(args):
         plain = lambda a: a.tensors if isinstance(a, TensorList) else a
         try: out = fast(*map(plain, args), **{k: plain(v) for k, v in kwargs.items()})
-        except TypeError: pass                              # it exists, but not for these arguments
+        except (TypeError, NotImplementedError, AssertionError): pass      # it exists, but not for these arguments; the last is what torch 2.6 says of sharded ones
     if out is NotImplemented: out = each(func, args, kwargs)
     if in_place: return args[0]
     return TensorList(out) if isinstance(out, (list, tuple)) else out

@@ -28,7 +28,7 @@ from .composer import check_nesterov
 from .core import StepOptimizer, flip, l2, sgd
 
 # %% ../nbs/15_trust.ipynb #29d935b7
-def _trusted(w, u, ratio): return torch.where(torch.minimum(w, u) > 0, ratio, 1.)        # 1 where one of the norms is 0
+def _trusted(w, u, ratio): return torch.where((w > 0) & (u > 0), ratio, 1.)        # 1 where one of the norms is 0
 
 def lars(p, g, state, *, weight_decay=0., trust_coeff=1e-3, eps=1e-8):
     "LARS (You et al., 2017): $r\\,(g + \\lambda\\theta)$ with $r = \\eta|\\theta|/(|g| + \\lambda|\\theta| + \\epsilon)$, or 1 where a norm is 0."

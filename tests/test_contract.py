@@ -265,6 +265,7 @@ def test_checkpoints_of_torch(name, saved):
     other = getattr(T, saved)
     theirs, before = trained(of(other, **(M if saved in ('SGD', 'RMSprop') else {})))[0].state_dict(), str(opt.state_dict())
     if name == saved: return opt.load_state_dict(theirs)
+    if {name, saved} == {'Adam', 'AdamW'} and 'decoupled_weight_decay' not in theirs['param_groups'][0]: pytest.skip('this torch does not write down which of the two it was')
     with pytest.raises(ValueError, match='checkpoint'): opt.load_state_dict(theirs)
     assert str(opt.state_dict()) == before
 
