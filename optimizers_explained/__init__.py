@@ -21,6 +21,7 @@ Modules:
 - `optimizers_explained.judge`: A falling loss proves little. What does, in functions of a few lines.
 - `optimizers_explained.kernels`: A recording becomes C++ source: a loop that fetches an element, does everything to it, and stores it.
 - `optimizers_explained.kinds`: Half precision, complex numbers, sparse gradients, odd layouts: trained like any other, or refused in words.
+- `optimizers_explained.layout`: What a kernel must know of every tensor before every step, and how a whole list is asked at once.
 - `optimizers_explained.manners`: What a training loop expects of `step()`: gradients, groups, schedulers, scalers.
 - `optimizers_explained.multi_tensor`: The same steps on one tensor, on a list of tensors, or in one kernel made from them.
 - `optimizers_explained.operations`: What a step computes with, written down: numbers as Python source, operations as expressions.

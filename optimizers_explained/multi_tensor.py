@@ -173,7 +173,7 @@ def plan(
     limit=float('inf'), # most elements of a bucket of more than one parameter
 ) -> list: # of `Bucket`s
     "Sort parameters into buckets, or keep those of the last step if nothing has changed since."
-    states, key = list(map(states.__getitem__, params)), (id(params[0]), limit)
+    states, key = list(states.values() if _are(list(states), params) else map(states.__getitem__, params)), (id(params[0]), limit)      # the first is quicker
     old_params, old_states, found = plans.get(key, ((), (), ()))
     if _are(params, old_params) and _are(states, old_states) and all(b.fits() for b in found): return found
     found = {}

@@ -4,13 +4,14 @@ import re
 import subprocess
 import sys
 import warnings
+import weakref
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from optimizers_explained import build, fused, optim
+from optimizers_explained import build, fused, layout, optim
 from optimizers_explained.adam import adam
 from optimizers_explained.checks import takes
 from optimizers_explained.contract import exercised
@@ -88,6 +89,13 @@ def train(make, steps=14, dtype=torch.float32, at=None, switch=None):
     return opt
 
 
+@pytest.fixture(params=['C++', 'Python'])
+def asking(request, monkeypatch):
+    "Tensors tell where they are through DLPack, or, as with older versions of torch, one by one."
+    if request.param == 'Python': monkeypatch.setattr(layout, 'looker', tuple)
+    elif not layout.looker(): pytest.skip('this torch has no table of DLPack functions')
+
+
 def programs(opt): return [p for found in opt.memo.programs.values() for p in found]
 
 
@@ -104,7 +112,7 @@ def test_steps_in_any_style(name, dtype):
 
 
 @pytest.mark.parametrize('name', optim.__all__)
-def test_every_optimizer(name):
+def test_every_optimizer(name, asking):
     make = exercised(getattr(optim, name))
     loop, lists, kernel = (train(partial(make, **way)) for way in WAYS.values())
     assert max_diff(loop.ps, lists.ps) == 0. and max_diff(loop.ps, kernel.ps) <= 1e-6
@@ -131,7 +139,7 @@ def test_switching_mid_run(name, before, after, how):
     assert max_diff(train(partial(make, **WAYS[before]), at=7, switch=loses).ps, train(make).ps) > 1e-5
 
 
-def test_mixed_dtypes_and_layouts():
+def test_mixed_dtypes_and_layouts(asking):
     "One group with three dtypes, a channels-last weight and a transposed one: all in kernels."
     def run(**way):
         gen = torch.Generator().manual_seed(0)
@@ -148,7 +156,7 @@ def test_mixed_dtypes_and_layouts():
     assert {p.reason for p in programs(opt)} == {None, ''} and not opt.memo.told - {''}
 
 
-def test_moved_and_replaced_memory():
+def test_moved_and_replaced_memory(asking):
     "`p.data = ...`, a replaced state and new gradients are noticed."
     def run(**way):
         ps = leaves()
@@ -271,7 +279,7 @@ def test_arguments_in_torchs_old_order_are_not_recorded():
     assert {p.reason for p in programs(opt)} == {'step step: addcdiv with these arguments has no fused form'}
 
 @pytest.mark.parametrize('swap', [lambda t: t[:3], lambda t: t.reshape(2, 4), lambda t: torch.cat([t, t])])
-def test_a_parameter_that_changes_its_shape(swap):
+def test_a_parameter_that_changes_its_shape(swap, asking):
     "Same object, perhaps the same address, other elements: never the old layout."
     def run(**way):
         p = torch.ones(8).requires_grad_(); beyond = p.data
@@ -285,7 +293,7 @@ def test_a_parameter_that_changes_its_shape(swap):
     assert max_diff(run(), run(fused=True)) == 0.
 
 @pytest.mark.parametrize('how', [lambda p: p.data.t(), lambda p: p.data.t().contiguous(), lambda p: p.data.view(4, 16)])
-def test_a_parameter_that_keeps_its_memory_in_another_order(how):
+def test_a_parameter_that_keeps_its_memory_in_another_order(how, asking):
     def run(**way):
         p = torch.arange(64.).view(8, 8).requires_grad_()
         p.grad = torch.arange(64.).view(8, 8)
@@ -298,7 +306,7 @@ def test_a_parameter_that_keeps_its_memory_in_another_order(how):
         return [p]
     assert max_diff(run(), run(fused=True)) == 0. and max_diff(run(), [p.t().contiguous().view(p.shape) for p in run()]) > 0.1
 
-def test_a_gradient_that_was_cut_is_not_read_beyond_its_end():
+def test_a_gradient_that_was_cut_is_not_read_beyond_its_end(asking):
     ps = with_grads()
     opt = of_steps([sgd], ps, fused=True)
     opt.step(), opt.step()
@@ -308,7 +316,7 @@ def test_a_gradient_that_was_cut_is_not_read_beyond_its_end():
 @pytest.mark.parametrize('name', ['lars', 'lamb', 'clip'])
 def test_waves(name, monkeypatch):
     "Small tensors dealt out whole, large ones stepped by all threads: the numbers of the loop, and the same bits with any number of threads."
-    monkeypatch.setattr(fused, 'WAVE', 2000)
+    monkeypatch.setattr(layout, 'WAVE', 2000)
     shapes = [(30, 30)]*20 + [(700, 700)] + [(40, 10)]*20 + [(3, 2)]
     def run(threads=2, scale=1., **way):
         before = torch.get_num_threads()
@@ -339,7 +347,42 @@ def test_lists_in_pieces(name, monkeypatch):
     assert count(pieces) > count(whole)
     assert max_diff(pieces.ps, whole.ps) == max_diff(pieces.ps, train(make).ps) == 0. and max_diff(pieces.ps, train(partial(make, foreach=True), steps=13).ps) > 1e-6
 
-def test_tensors_that_overlap_run_in_python():
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('name', CHAINS)
+def test_large_tensors_in_rows(name, dtype, monkeypatch):
+    "A tensor is cut where the steps act by element, and only there; the bits are those of the loop."
+    whole, cut = train(partial(of_steps, CHAINS[name]), dtype=dtype), []
+    monkeypatch.setattr(fused, 'PIECE', 10)
+    in_rows = fused.in_rows
+    monkeypatch.setattr(fused, 'in_rows', lambda bucket, grad: cut.append(grad.shape) or in_rows(bucket, grad))
+    rows = train(partial(of_steps, CHAINS[name], foreach=True), dtype=dtype)
+    assert max_diff(rows.ps, whole.ps) == 0. == max_diff([v for s in rows.state.values() for v in s.values() if torch.is_tensor(v)], [v for s in whole.state.values() for v in s.values() if torch.is_tensor(v)])
+    assert [{k: v for k, v in s.items() if not torch.is_tensor(v)} for s in rows.state.values()] == [{k: v for k, v in s.items() if not torch.is_tensor(v)} for s in whole.state.values()]
+    large, sums = {(100, 70), (5, 5, 3, 3), (40_000,)}, dict(centralized={(100, 70), (5, 5, 3, 3)}, **dict.fromkeys(('lars', 'lamb', 'clip', 'cautious'), {*map(tuple, SHAPES)}))
+    assert set(cut) == (set() if dtype == torch.bfloat16 else large - sums.get(name, set()))
+    assert max_diff(rows.ps, train(partial(of_steps, CHAINS[name], foreach=True), steps=13, dtype=dtype).ps) > 0
+
+def test_a_gradient_in_the_memory_of_its_parameter(asking):
+    def run(**way):
+        ps = leaves(shapes=[(4, 4)]*3)
+        for p in ps: p.grad = torch.ones_like(p)
+        ps[1].grad = ps[1].detach()
+        opt = of_steps([momentum, sgd], ps, **way)
+        return ps, warned(opt)
+    (a, quiet), (b, told) = run(), run(fused=True)
+    assert max_diff(a, b) == 0. and quiet == [] and told == ['a gradient shares its memory with a parameter or a state']
+
+@pytest.mark.parametrize('way', WAYS)
+def test_gradients_are_not_held(way, asking):
+    "`zero_grad()` frees them."
+    ps = with_grads()
+    opt = of_steps([momentum, sgd], ps, **WAYS[way])
+    opt.step(), opt.step()
+    held = weakref.ref(ps[0].grad), weakref.ref(ps[0])
+    opt.zero_grad()
+    assert held[0]() is None and held[1]() is ps[0]
+
+def test_tensors_that_overlap_run_in_python(asking):
     base = torch.ones(10)
     ps = [base[:6].requires_grad_(), base[4:].detach().requires_grad_()]
     for p in ps: p.grad = torch.ones_like(p)
@@ -378,12 +421,12 @@ print(p.sum().item(), len(build.KERNELS), opt.memo.told - {''})
 '''
 
 def test_concurrent_processes(tmp_path):
-    "Several processes build the same kernel at once: all have it, one file remains."
+    "Several processes build the same kernel at once: all have it, one file remains, and one for `layout.LOOK`."
     env = {**os.environ, 'OPTIMIZERS_EXPLAINED_CACHE': str(tmp_path/'kernels')}
     runs = [subprocess.Popen([sys.executable, '-c', RACE], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     outs = {r.communicate()[0] for r in runs}
     assert len(outs) == 1 and outs.pop().endswith('1 set()\n')
-    assert [f.suffix for f in (tmp_path/'kernels').iterdir()] == ['.so'] and (tmp_path/'kernels').stat().st_mode & 0o777 == 0o700
+    assert [f.suffix for f in (tmp_path/'kernels').iterdir()] == ['.so']*(1 + bool(layout.looker())) and (tmp_path/'kernels').stat().st_mode & 0o777 == 0o700
 
 
 SHARDED = '''
