@@ -33,17 +33,21 @@ from .operations import Unfusable
 LOOK = r'''
 #include <cstdint>
 struct Tensor {                                     // DLTensor in dlpack.h
-  char* data; int32_t device, index, ndim; uint8_t code, bits; uint16_t lanes; int64_t *shape, *strides; uint64_t offset;
+  char* data; int32_t device, index, ndim; uint8_t code, bits; uint16_t lanes;
+  int64_t *shape, *strides; uint64_t offset;
 };
 enum { MOVED = 1, DIFFERS = 2, AHEAD = 4 };
 
-extern "C" int look(int (*ask)(void*, Tensor*), long n, long ndim, char** objects, char** near, int64_t* addresses, int64_t* form, bool first) {
+extern "C" int look(int (*ask)(void*, Tensor*), long n, long ndim, char** objects, char** near,
+                    int64_t* addresses, int64_t* form, bool first) {
   int changed = 0;
-  auto compare = [&](int64_t& known, int64_t now, int what, bool learn) { if (known != now) { changed |= what; if (learn) known = now; } };
+  auto compare = [&](int64_t& known, int64_t now, int what, bool learn) {
+    if (known != now) { changed |= what; if (learn) known = now; }
+  };
   for (long i = 0; i < n; i++) {
     if (i + AHEAD < n) for (long line = -64; line <= 64; line += 64) {
       __builtin_prefetch(objects[i + AHEAD] + line);
-      __builtin_prefetch(near[i + AHEAD] + line);   // where the shape was in the last step: in the middle of what torch keeps of a tensor
+      __builtin_prefetch(near[i + AHEAD] + line);   // around its shape of the last step: what torch keeps of a tensor
     }
     Tensor t;
     if (ask(objects[i], &t)) return -1;
@@ -60,9 +64,7 @@ extern "C" int look(int (*ask)(void*, Tensor*), long n, long ndim, char** object
 }
 '''
 
-# %% ../nbs/10da_layout.ipynb #e649fdc9
-MOVED, DIFFERS = 1, 2 # what a `Survey` finds; together they make 3
-
+# %% ../nbs/10da_layout.ipynb #bc8d1445
 def local(
     tensors, # all alike
 ) -> list:
@@ -73,15 +75,17 @@ def local(
 def looker() -> tuple: # DLPack's function for one tensor and `look`, or nothing
     "What asks a whole list, if torch and a compiler allow it."
     try:
-        pointer = ctypes.pythonapi.PyCapsule_GetPointer
-        pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+        pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(('PyCapsule_GetPointer', ctypes.pythonapi))
         table = pointer(Tensor.__dlpack_c_exchange_api__, b'dlpack_exchange_api')
-        if ctypes.c_uint32.from_address(table).value != 1: return ()              # the structures of version 1
-        return ctypes.c_void_p.from_address(table + 40), ctypes.PyDLL(str(library(LOOK))).look
+        version, ask = ctypes.c_uint32.from_address(table).value, ctypes.c_void_p.from_address(table + 40)
+        return (ask, ctypes.PyDLL(str(library(LOOK))).look) if version == 1 and ask else ()
     except (AttributeError, ValueError, OSError, Unfusable): return ()
 
 def _strides(t): return tuple((s, n) for s, n in zip(t.stride(), t.shape) if n != 1)
 def _start(a): return ctypes.c_void_p(a.buffer_info()[0])
+
+# %% ../nbs/10da_layout.ipynb #e649fdc9
+MOVED, DIFFERS = 1, 2 # what a `Survey` finds; together they make 3
 
 class Survey:
     "Where the tensors of a list are, and their form: dtype, device, shape and strides."
@@ -95,7 +99,8 @@ class Survey:
         tensors, # `n` of them
         same:bool=False, # whether they are those of the last look
     ) -> int: # `MOVED` if an address has changed since the last look, `DIFFERS` if a form is not what it should be
-        "Ask all tensors."
+        "Ask all tensors; a `ValueError` if they are more or fewer than `n`."
+        if len(tensors) != len(self.addresses): raise ValueError(f'tensors must be a list of {len(self.addresses)}, got {len(tensors)}')
         return self._in_cpp(tensors, same) if looker() else self._in_python(local(tensors))
 
     def _in_cpp(self, tensors, same):
