@@ -111,10 +111,12 @@ def fuse(
 def acts_by_element(
     memo:Memo, # of the optimizer
     calls, # pairs of a step and its hyperparameters by name
-    bucket, # a `multi_tensor.Bucket`
+    bucket, # of one parameter
+    grad:Tensor, # its gradient
 ) -> bool:
-    "Whether a recording shows that the steps change each element by itself, and no other tensors."
-    try: return memo.program(calls, bucket.params[0], bucket.columns)[0].by_element
+    "Whether a recording shows that the steps change each element by itself, and all tensors have the shape of the parameter."
+    p, *others = [bucket.params[0], grad, *(c[0] for c in bucket.columns.values() if isinstance(c[0], Tensor))]
+    try: return all(t.shape == p.shape for t in others) and memo.program(calls, p, bucket.columns)[0].by_element
     except Unfusable: return False
 
 def is_large(
@@ -157,6 +159,6 @@ def arrange(
         except Unfusable as e: opt.memo.tell(str(e)); rest.append((bucket, own))
     for launch in launches: launch()
     for bucket, own in rest:
-        if opt.foreach and is_large(bucket.params[0]) and acts_by_element(opt.memo, calls, bucket): yield from in_rows(bucket, own[0])
+        if opt.foreach and is_large(bucket.params[0]) and acts_by_element(opt.memo, calls, bucket, own[0]): yield from in_rows(bucket, own[0])
         elif lists or hasattr(bucket.params[0], 'to_local'): yield from in_lists(bucket, own)
         else: yield from zip(bucket.params, own, bucket.states)

@@ -362,6 +362,25 @@ def test_large_tensors_in_rows(name, dtype, monkeypatch):
     assert set(cut) == (set() if dtype == torch.bfloat16 else large - sums.get(name, set()))
     assert max_diff(rows.ps, train(partial(of_steps, CHAINS[name], foreach=True), steps=13, dtype=dtype).ps) > 0
 
+def test_a_state_of_another_shape_is_not_cut(monkeypatch):
+    def counted(p, g, state, *, lr):
+        if 't' not in state: state['t'] = torch.tensor(0.)
+        state['t'] += 1
+        p.sub_(lr*g/state['t'])
+    monkeypatch.setattr(fused, 'PIECE', 2)
+    def run(**way):
+        ps = with_grads()
+        opt = of_steps([counted], ps, **way)
+        for _ in range(4): opt.step()
+        return ps + [s['t'] for s in opt.state.values()]
+    assert max_diff(run(), run(foreach=True)) == 0. and run()[-1] == 4
+    ps = with_grads(1)
+    opt = of_steps([sgd], ps, foreach=True)
+    ps[0].grad.data = ps[0].grad.data[:, :1]                                       # would be broadcast in rows as it is as a whole
+    before = ps[0].detach().clone()
+    opt.step()
+    assert torch.allclose(before - ps[0], torch.full((4, 4), 0.01))
+
 def test_a_gradient_in_the_memory_of_its_parameter(asking):
     def run(**way):
         ps = leaves(shapes=[(4, 4)]*3)
