@@ -81,22 +81,24 @@ def kept(
     return path
 
 # %% ../nbs/10d_build.ipynb #44dea6b9
+def _key(source): return '\0'.join([source, *compiler(os.environ.get('CXX')), *FLAGS])      # all that machine code depends on
+
 def library(
     source:str, # C++
 ) -> Path: # of the machine code; `Unfusable` if it cannot be built
     "Compile, or take what was compiled before."
-    cxx, about = compiler(os.environ.get('CXX'))
+    cxx, _ = compiler(os.environ.get('CXX'))
     def make(path):
         path.with_suffix('.cpp').write_text(source)
         done = subprocess.run([cxx, *FLAGS, path.stem + '.cpp', '-o', path.name], cwd=path.parent, capture_output=True, text=True)
         if done.returncode: raise Unfusable(f'{cxx} cannot build it ({done.stderr.strip()[:200]})')
-    return kept('\0'.join([source, cxx, about, *FLAGS]), '.so', make)
+    return kept(_key(source), '.so', make)
 
 def load_cpp(
     source:str, # C++
 ): # its function `run`
     "Load a kernel, if this process has not done so yet."
-    key = source, *compiler(os.environ.get('CXX'))
+    key = _key(source)
     try: return KERNELS[key] if key in KERNELS else KERNELS.setdefault(key, ctypes.CDLL(str(library(source))).run)
     except OSError as e: raise Unfusable(f'a kernel cannot be loaded ({e})') from e
 

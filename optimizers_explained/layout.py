@@ -2,7 +2,7 @@
 
 ```python
 import torch
-from optimizers_explained.layout import MOVED, Survey
+from optimizers_explained.layout import Survey
 
 ts = [torch.ones(2, 3), torch.ones(4, 3)]
 survey = Survey(len(ts), ndim=2)

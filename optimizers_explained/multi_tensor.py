@@ -173,10 +173,10 @@ def plan(
     limit=float('inf'), # most elements of a bucket of more than one parameter
 ) -> list: # of `Bucket`s
     "Sort parameters into buckets, or keep those of the last step if nothing has changed since."
-    states, key = list(states.values() if _are(list(states), params) else map(states.__getitem__, params)), (id(params[0]), limit)      # the first is quicker
-    old_params, old_states, found = plans.get(key, ((), (), ()))
-    if _are(params, old_params) and _are(states, old_states) and all(b.fits() for b in found): return found
-    found = {}
+    in_order = len(states) == len(params) and _are(list(states), params)      # then nothing needs to be looked up
+    states, found = list(states.values() if in_order else map(states.__getitem__, params)), {}
+    old_params, old_states, old = plans.get(key := (id(params[0]), limit), ((), (), ()))
+    if _are(params, old_params) and _are(states, old_states) and all(b.fits() for b in old): return old
     for i, (p, s) in enumerate(zip(params, states)): found.setdefault(bucket_key(p, s), []).append((p, s, i))
     found = [Bucket(*map(list, zip(*piece))) for rows in found.values() for piece in _pieces(rows, limit)]
     plans[key] = params, states, found
