@@ -26,8 +26,9 @@ from types import FunctionType
 
 import torch
 from .checkpoint import prepare
-from .checks import Checked, as_list, check_dense, check_group, check_hypers, check_speed, check_update, name_of, takes
-from .fused import Memo, arrange
+from .checks import (Checked, Snapshot, as_list, check_capture, check_dense, check_group, check_hypers, check_speed,
+                                         check_state, check_update, name_of, takes)
+from .fused import Memo, run_together, takes_lists
 
 # %% ../nbs/09_core.ipynb #51fbf42a
 def bind(
@@ -72,13 +73,28 @@ class StepOptimizer(torch.optim.Optimizer):
 
     def run(self, group, params, grads):
         "Run the steps with the hyperparameters of `group` on `params`: one by one, list by list, or in a kernel."
+        check_capture(params)
+        if not params: return
         calls = [(f, {k: group[k] for k in takes(f)}) for f in self.steps]
         bound = [(f, bind(f, hypers)) for f, hypers in calls]
-        for p, g, state in arrange(self, calls, params, grads):
-            known = bool(state)
+        def run(p, g, state): self.advance(bound, p, g, state)
+        if self.fused or takes_lists(self, params): return run_together(self, calls, run, params, grads)
+        for p, g in zip(params, grads): run(p, g, self.state[p])
+
+    def advance(self, bound, p, g, state):
+        "Run the steps on a parameter, or on what stands for several; the first time so that a step that fails leaves no trace."
+        known = bool(state)
+        keep = None if self.memo.proven else Snapshot(p, state)
+        try:
             for f, step in bound:
                 d = step(p, g, state)
                 if d is not None: g = d if known else check_update(f, d, p)
+                if keep: check_state(state, f)
+            check_state(state)
+        except BaseException:
+            if keep: keep.restore()
+            raise
+        self.memo.proven = True
 
     def state_dict(self):
         "torch's dictionary, with the names of the steps and the shapes of the parameters."

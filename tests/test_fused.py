@@ -330,7 +330,7 @@ def test_waves(name, monkeypatch):
         finally: torch.set_num_threads(before)
         return opt, ps
     opt, kernel = run(fused=True)
-    runs = next(iter(opt.memo.plans.values()))[2][0].layout.waves
+    runs = next(iter(opt.memo.plans.values())).buckets[0].layout.waves
     assert [len(w) > 2 for w in runs] == [True, False, True]
     assert max_diff(kernel, run()[1]) < 1e-6 and max_diff(kernel, leaves(shapes=shapes)) > 1e-3
     assert all(max_diff(kernel, run(threads=n, fused=True)[1]) == 0. for n in (1, 2, 3))
@@ -343,7 +343,7 @@ def test_lists_in_pieces(name, monkeypatch):
     whole = train(partial(make, foreach=True))
     monkeypatch.setattr(fused, 'PIECE', 10)
     pieces = train(partial(make, foreach=True))
-    count = lambda opt: max(len(found) for _, _, found in opt.memo.plans.values())
+    count = lambda opt: max(len(plan.buckets) for plan in opt.memo.plans.values())
     assert count(pieces) > count(whole)
     assert max_diff(pieces.ps, whole.ps) == max_diff(pieces.ps, train(make).ps) == 0. and max_diff(pieces.ps, train(partial(make, foreach=True), steps=13).ps) > 1e-6
 
@@ -354,7 +354,10 @@ def test_large_tensors_in_rows(name, dtype, monkeypatch):
     whole, cut = train(partial(of_steps, CHAINS[name]), dtype=dtype), []
     monkeypatch.setattr(fused, 'PIECE', 10)
     in_rows = fused.in_rows
-    monkeypatch.setattr(fused, 'in_rows', lambda bucket, grad: cut.append(grad.shape) or in_rows(bucket, grad))
+    def watched(run, batch):
+        cut.append(batch.params[0].shape)
+        in_rows(run, batch)
+    monkeypatch.setattr(fused, 'in_rows', watched)
     rows = train(partial(of_steps, CHAINS[name], foreach=True), dtype=dtype)
     assert max_diff(rows.ps, whole.ps) == 0. == max_diff([v for s in rows.state.values() for v in s.values() if torch.is_tensor(v)], [v for s in whole.state.values() for v in s.values() if torch.is_tensor(v)])
     assert [{k: v for k, v in s.items() if not torch.is_tensor(v)} for s in rows.state.values()] == [{k: v for k, v in s.items() if not torch.is_tensor(v)} for s in whole.state.values()]
