@@ -26,7 +26,7 @@ from types import FunctionType
 
 import torch
 from .checkpoint import prepare
-from .checks import (Checked, Snapshot, as_list, check_capture, check_dense, check_group, check_hypers, check_speed,
+from .checks import (ORDINARY, Checked, Snapshot, as_list, check_capture, check_dense, check_group, check_hypers, check_speed,
                                          check_state, check_update, name_of, takes)
 from .fused import Memo, run_together, takes_lists
 
@@ -77,22 +77,29 @@ class StepOptimizer(torch.optim.Optimizer):
         if not params: return
         calls = [(f, {k: group[k] for k in takes(f)}) for f in self.steps]
         bound = [(f, bind(f, hypers)) for f, hypers in calls]
-        def run(p, g, state): self.advance(bound, p, g, state)
-        if self.fused or takes_lists(self, params): return run_together(self, calls, run, params, grads)
-        for p, g in zip(params, grads): run(p, g, self.state[p])
+        if self.fused or takes_lists(self, params):
+            return run_together(self, calls, partial(self.advance, bound), params, grads)
+        for p, g in zip(params, grads): self.advance(bound, p, g, self.state[p])
 
     def advance(self, bound, p, g, state):
-        "Run the steps on a parameter, or on what stands for several; the first time so that a step that fails leaves no trace."
+        "Run the steps on one parameter, or on what stands for several."
+        if not self.memo.proven: return self.prove(bound, p, g, state)
         known = bool(state)
-        keep = None if self.memo.proven else Snapshot(p, state)
+        for f, step in bound:
+            d = step(p, g, state)
+            if d is not None: g = d if known else check_update(f, d, p)
+        if not ORDINARY.issuperset(map(type, state.values())): check_state(state)
+
+    def prove(self, bound, p, g, state):
+        "Run the steps for the first time: where one fails, or leaves in the state what it may not, everything is put back."
+        before = Snapshot(p, state)
         try:
             for f, step in bound:
                 d = step(p, g, state)
-                if d is not None: g = d if known else check_update(f, d, p)
-                if keep: check_state(state, f)
-            check_state(state)
+                if d is not None: g = check_update(f, d, p)
+                check_state(state, f)
         except BaseException:
-            if keep: keep.restore()
+            before.restore()
             raise
         self.memo.proven = True
 

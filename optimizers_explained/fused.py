@@ -13,8 +13,8 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/fused.html.md"
 
 # %% auto #0
 __all__ = ['BACKENDS', 'LIMIT', 'Program', 'Held', 'Memo', 'touch', 'Launch', 'prepare', 'written_by', 'run_kernels',
-           'acts_by_element', 'is_large', 'in_rows', 'takes_lists', 'batches_of', 'are_tied', 'run_list', 'run_alone',
-           'run_together']
+           'acts_by_element', 'is_large', 'in_rows', 'takes_lists', 'states_of', 'batches_of', 'are_tied', 'run_list',
+           'run_alone', 'run_together']
 
 # %% ../nbs/10e_fused.ipynb #211fca0e
 import operator
@@ -141,17 +141,14 @@ class Launch(NamedTuple):
 def prepare(
     memo:Memo, # of the optimizer
     calls, # pairs of a step and its hyperparameters by name
-    batch:Batch, # to be stepped
+    batch:Batch, # to be stepped, as `batches_of` gives it: its layout is as it was found at this step, or missing
 ) -> Launch:
     "Get a batch ready, all but its gradients; `Unfusable` if no kernel can step it."
     bucket = batch.bucket
     numbers = {k: batch.columns[k][0] for k in bucket.numbers}
     held = memo.program(calls, batch.params[0], bucket.tensors, numbers)
     kernel = held.program.kernel_for(batch.params[0])
-    columns = [batch.params, *(batch.columns[k] for k in bucket.tensors)]
-    if bucket.layout is None or not bucket.layout.fits(columns):
-        bucket.layout = None                       # what fails below must not be trusted at the next step
-        bucket.layout = Layout(columns, kernel.chunk)
+    if bucket.layout is None: bucket.layout = Layout(batch.written(), kernel.chunk)
     if bucket.layout.placements and kernel.sums:
         raise Unfusable('a norm or sum over a sharded tensor has no fused form')
     return Launch(batch, kernel, bucket.layout, held.coefs, held.numbers)
@@ -241,6 +238,15 @@ def takes_lists(
     "Whether Python is to run the steps on lists: if asked for, or by default where all is on CUDA."
     return all(p.is_cuda for p in params) if opt.foreach is None else bool(opt.foreach)
 
+def states_of(
+    opt, # a `StepOptimizer`
+    params, # of one group, those with a gradient
+) -> list:
+    "The state of each; where the optimizer's states stand in the same order, none has to be looked up."
+    if len(opt.state) == len(params) and all(map(operator.is_, opt.state, params)):
+        return list(opt.state.values())
+    return [opt.state[p] for p in params]
+
 def batches_of(
     opt, # a `StepOptimizer`
     params, # of one group, those with a gradient
@@ -248,22 +254,28 @@ def batches_of(
 ) -> tuple: # a `Plan`, and a list of its `Batch`es
     "The plan of an earlier step if all still is what it was then, or a new one."
     memo, names = opt.memo, opt.memo.names_of(opt.steps)
-    states = list(map(opt.state.__getitem__, params))
+    states = states_of(opt, params)
     limit = float('inf') if opt.fused or params[0].is_cuda else PIECE
     key = id(params[0]), len(params), limit
     plan = memo.plans.pop(key, None)
     batches = plan.gather(params, grads, states, names) if plan else None
-    if batches is None or not all([_is_as_planned(batch) for batch in batches]):
+    if batches is None or not all([_is_as_planned(plan, batch, opt.fused) for batch in batches]):
         plan = Plan(params, states, limit, names)
         batches = plan.gather(params, grads, states, names)
     memo.plans[key] = plan                                 # behind all others
     if len(memo.plans) > KEPT*len(opt.param_groups): del memo.plans[next(iter(memo.plans))]
     return plan, batches
 
-def _is_as_planned(batch):
+def _is_as_planned(plan, batch, fused):
     bucket = batch.bucket
-    if bucket.layout and bucket.layout.fits(batch.written()): return True
-    bucket.layout = None                                   # what was wrong once is not asked again
+    if fused:
+        if bucket.layout and bucket.layout.fits(batch.written()): return True
+        bucket.layout = None                               # what was wrong once is not asked again
+        return batch.has_forms()
+    if bucket.kind.type not in PLAIN or bucket.kind.device.type not in BACKENDS: return batch.has_forms()
+    addresses = list(map(Tensor.data_ptr, batch.params))
+    if addresses == bucket.addresses: return batch.has_types()
+    bucket.addresses, plan.tied = addresses, None          # parameters have moved, and may meet
     return batch.has_forms()
 
 def are_tied(
@@ -271,12 +283,10 @@ def are_tied(
     batches, # to be stepped in lists
 ) -> bool:
     "Whether two tensors that the steps change lie in the same memory; asked anew when a parameter has moved."
-    plain = [b for b in batches if b.bucket.kind.type in PLAIN and b.bucket.kind.device.type in BACKENDS]
-    addresses = [p.data_ptr() for b in plain for p in b.params]
-    if addresses != plan.addresses:
-        tensors = [t for b in plain for column in b.written() for t in column
-                   if type(t) in PLAIN and t.layout is torch.strided]
-        plan.addresses, plan.tied = addresses, Spans(map(span, tensors)).overlap
+    if plan.tied is None:
+        tensors = [t for batch in batches for column in batch.written() for t in column]
+        plain = [t for t in tensors if type(t) in PLAIN and t.layout is torch.strided and t.device.type in BACKENDS]
+        plan.tied = Spans(map(span, plain)).overlap
     return plan.tied
 
 def run_list(

@@ -21,6 +21,7 @@ __all__ = ['PIECE', 'KEPT', 'TensorLike', 'TensorList', 'each', 'together', 'Kin
 # %% ../nbs/10_backends.ipynb #dae31cf9
 import operator
 from functools import cached_property, partial
+from itertools import repeat
 from types import CodeType
 from typing import NamedTuple
 
@@ -191,7 +192,8 @@ class Bucket:
         kind:Kind, # of each of them
         rows, # their positions among the parameters of the group that have a gradient
     ):
-        self.kind, self.rows, self.layout = kind, rows, None
+        self.kind, self.rows = kind, rows
+        self.layout, self.addresses = None, None     # where the tensors were at the last step
         self.tensors = [k for k, *_ in kind.tensors]
         self.numbers = [k for k, _ in kind.numbers]
 
@@ -206,8 +208,6 @@ class Bucket:
         try: columns = {k: [s[k] for s in states] for k in (*self.tensors, *self.numbers)}
         except KeyError: return None
         if set(map(len, states)) != {len(columns)}: return None
-        for k, type_, *_ in self.kind.tensors:
-            if set(map(type, columns[k])) != {type_}: return None
         for k in self.numbers:
             if not _alike(columns[k]): return None
         return Batch(self, params, grads, states, columns)
@@ -215,7 +215,7 @@ class Bucket:
 def _alike(numbers): # whether they are one number
     first = numbers[0]
     if isinstance(first, Tensor): return False
-    return all(n is first for n in numbers) or len(set(map(number_kind, numbers))) == 1
+    return all(map(operator.is_, numbers, repeat(first))) or len(set(map(number_kind, numbers))) == 1
 
 class Batch:
     "The parameters of a bucket in one step, with a column for every name in their states."
@@ -229,21 +229,24 @@ class Batch:
         self.bucket, self.params, self.grads = bucket, params, grads
         self.states, self.columns = states, columns
 
-    def has_type_and_flags(self,
+    def has_flags(self,
         names, # attributes that a step may ask for
     ) -> bool:
-        "Whether the parameters are of the bucket's type and carry its flags."
-        kind = self.bucket.kind
-        if set(map(type, self.params)) != {kind.type}: return False
-        if not kind.flags and not any([p.__dict__ for p in self.params]): return True
-        return all(flags_of(p, names) == kind.flags for p in self.params)
+        "Whether the parameters carry the flags of the bucket."
+        flags = self.bucket.kind.flags
+        if not flags and not any([p.__dict__ for p in self.params]): return True
+        return all(flags_of(p, names) == flags for p in self.params)
 
     def has_forms(self) -> bool:
-        "Whether parameters and states are what they were: their dtype, device and dimensions."
+        "Whether parameters and states are what they were: their type, dtype, device and dimensions."
         kind = self.bucket.kind
-        if set(map(_form, self.params)) != {(kind.dtype, kind.device, kind.ndim)}: return False
-        return all(set(map(_form, self.columns[k])) == {tuple(form)}
-                   for k, _, *form in kind.tensors)
+        forms = [(kind.type, kind.dtype, kind.device, kind.ndim), *(form for _, *form in kind.tensors)]
+        return all(_has_form(column, *form) for column, form in zip(self.written(), forms))
+
+    def has_types(self) -> bool:
+        "Whether parameters and states are of the types they were."
+        types = [self.bucket.kind.type, *(type_ for _, type_, *_ in self.bucket.kind.tensors)]
+        return all(set(map(type, column)) == {type_} for column, type_ in zip(self.written(), types))
 
     def written(self) -> list: # of lists of tensors
         "What steps may change: the parameters, then the tensors in their states."
@@ -287,6 +290,9 @@ class Batch:
 
 _form = operator.attrgetter('dtype', 'device', 'ndim')
 
+def _has_form(tensors, type_, *form): # one after the other: what is no tensor has no dtype
+    return set(map(type, tensors)) == {type_} and set(map(_form, tensors)) == {tuple(form)}
+
 # %% ../nbs/10_backends.ipynb #c2ee1902
 PIECE = 2**18 # elements in a list on a CPU, where a list should fit into the cache
 KEPT = 4 # plans of a group, for parameters that take turns in having a gradient
@@ -306,7 +312,7 @@ class Plan:
         sizes = [p.numel() for p in params]
         self.buckets = [Bucket(kind, piece) for kind, rows in found.items()
                         for piece in _pieces(rows, sizes, limit)]
-        self.addresses, self.spans, self.tied = None, None, False
+        self.spans, self.layouts, self.tied = None, [], None        # not known yet
 
     def gather(self,
         params, # as when it was made, or others of the same number
@@ -318,7 +324,7 @@ class Plan:
         batches = []
         for bucket in self.buckets:
             batch = bucket.gather(params, grads, states)
-            if batch is None or not batch.has_type_and_flags(names): return None
+            if batch is None or not batch.has_flags(names): return None
             batches.append(batch)
         return batches
 
