@@ -23,10 +23,12 @@ __all__ = ['NONNEGATIVE', 'ORDINARY', 'KEPT_TYPES', 'PACKAGES', 'takes', 'check_
 # %% ../nbs/09a_checks.ipynb #07836fc3
 import inspect
 import math
+import os
 import sys
 import warnings
 from difflib import get_close_matches
 from functools import lru_cache
+from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
 
@@ -244,7 +246,7 @@ def check_capture(
         raise RuntimeError("step() in a CUDA graph would repeat the lr and the step count of this moment at every replay: call it outside the graph")
 
 # %% ../nbs/09a_checks.ipynb #c5a7e007
-PACKAGES = tuple(str(Path(m.__file__).parent) for m in (sys.modules[__package__], torch)) # whose lines no warning points to
+PACKAGES = tuple(str(Path(find_spec(name).origin).parent) + os.sep for name in ('optimizers_explained', 'torch'))
 
 def warn_user(
     message:str, # what is to be said

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from .build import CppKernel, TritonKernel
-from .checks import warn_user
+from .checks import Snapshot, warn_user
 from .layout import PLAIN, Layout, Spans, span
 from .multi_tensor import KEPT, PIECE, Batch, Plan, flags_of, in_lists, names_in
 from .operations import Unfusable
@@ -295,10 +295,15 @@ def run_list(
     batch:Batch, # to be stepped
 ):
     "Step a batch as a list; the very first parameter of an optimizer alone, which shows what its steps keep."
-    if not memo.proven and len(batch.params) > 1:
-        first, batch = batch.split()
-        in_lists(run, first)
-    in_lists(run, batch)
+    if memo.proven or len(batch.params) == 1: return in_lists(run, batch)
+    first, others = batch.split()
+    before = Snapshot(first.params[0], first.states[0])
+    in_lists(run, first)
+    try: in_lists(run, others)
+    except BaseException:                                  # such as a question with several answers
+        before.restore()
+        memo.proven = False
+        raise
 
 def run_alone(
     run, # `run(p, g, state)`: the steps

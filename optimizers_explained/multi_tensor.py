@@ -19,9 +19,9 @@ __all__ = ['PIECE', 'KEPT', 'TensorLike', 'TensorList', 'each', 'together', 'Kin
            'names_in', 'Bucket', 'Batch', 'Plan', 'in_lists']
 
 # %% ../nbs/10_backends.ipynb #dae31cf9
+import itertools
 import operator
 from functools import cached_property, partial
-from itertools import repeat
 from types import CodeType
 from typing import NamedTuple
 
@@ -215,7 +215,7 @@ class Bucket:
 def _alike(numbers): # whether they are one number
     first = numbers[0]
     if isinstance(first, Tensor): return False
-    return all(map(operator.is_, numbers, repeat(first))) or len(set(map(number_kind, numbers))) == 1
+    return all(map(operator.is_, numbers, itertools.repeat(first))) or len(set(map(number_kind, numbers))) == 1
 
 class Batch:
     "The parameters of a bucket in one step, with a column for every name in their states."
