@@ -24,7 +24,8 @@ from importlib.resources import files
 from . import contenders as who
 from .comparison import baselines, run_bench
 from .contenders import contenders, hypers
-from .command import check_device, check_folder, run_command, write_whole
+from .command import check_device, check_folder, run_command
+from .command import publish, say, strict_json
 
 # %% ../nbs/21_bench.ipynb #4f34742b
 def pick(
@@ -116,8 +117,10 @@ def where(
             f"{', '.join(f'{k} {v}' for k, v in m['versions'].items())}. Medians of {run['reps']} rounds in {run['minutes']:.0f} minutes. Copying runs at {run['copy_gb_per_s']:.1f} GB/s.")
 
 # %% ../nbs/21_bench.ipynb #7de86ea5
-def _chosen(what, text, known): # a comma-separated list, checked
-    chosen = tuple(o.strip() for o in text.split(',')) if text else tuple(known)
+def _chosen(what, text, known):
+    "The names in a comma-separated text, each once; all of them for None."
+    if text is None: return tuple(known)
+    chosen = [o.strip() for o in text.split(',')]
     for o in chosen:
         if o not in known: raise ValueError(f"{what} must be some of {', '.join(known)}, separated by commas, got {o!r}")
     return tuple(dict.fromkeys(chosen))
@@ -127,27 +130,36 @@ def bench(
     optimizers:str='SGD,AdamW,Lion,LAMB,LARS', # which optimizers
     dtypes:str='float32,bfloat16', # which precisions
     only:str=None, # names of contenders, separated by commas; all by default. torch fused always runs
-    reps:int=25, # rounds of each comparison, at least 2
+    reps:int=None, # rounds of each comparison, at least 2; 25, or 3 with --quick
     device:str='cpu', # cpu, cuda or cuda:N
     out:str='.', # folder for bench.json and bench.png, made if it is missing
-    quick:bool=False, # tiny tensors and 3 rounds: to see that everything runs
+    quick:bool=False, # tiny tensors, to see that everything runs
     full:bool=False, # let contenders that compile for a minute run on every set and dtype, not only the first
-) -> int: # 0
+) -> int: # 0 if anything was measured, 1 if not
     "Time one step of every optimizer, side by side in one process."
-    chosen = dict(sets=_chosen('sets', sets, who.sets), optimizers=_chosen('optimizers', optimizers, hypers), dtypes=_chosen('dtypes', dtypes, ('float32', 'bfloat16')),
+    chosen = dict(sets=_chosen('sets', sets, who.sets),
+                  optimizers=_chosen('optimizers', optimizers, hypers),
+                  dtypes=_chosen('dtypes', dtypes, ('float32', 'bfloat16')),
                   names=_chosen('only', only, contenders))
+    if reps is None: reps = 3 if quick else 25
     if reps < 2: raise ValueError(f"reps must be at least 2, got {reps}")
-    device, folder = check_device(device), check_folder(out)
+    device, folder = check_device(device), check_folder(out, 'bench.json', 'bench.png')
     from matplotlib.figure import Figure
-    run = run_bench(**chosen, device=device, reps=3 if quick else reps, quick=quick, full=full)
-    fig = plot_bench(run, Figure(layout='constrained'))
-    write_whole(folder/'bench.json', lambda f: f.write_text(json.dumps(run, indent=1)))
-    write_whole(folder/'bench.png', lambda f: fig.savefig(f, dpi=110, format='png'))
-    print(where(run), bench_table(run), start_table(run), absent_table(run), f"Wrote {folder/'bench.json'} and {folder/'bench.png'}.", sep='\n\n')
+    run = run_bench(**chosen, device=device, reps=reps, quick=quick, full=full)
+    if not run['rows']:
+        say(f'{absent_table(run)}\n\nNothing could be measured, no file was written.')
+        return 1
+    def table(path): path.write_text(strict_json(run))
+    def picture(path):
+        fig = plot_bench(run, Figure(layout='constrained'))
+        fig.savefig(path, dpi=110, format='png')
+    parts = where(run), bench_table(run), start_table(run), absent_table(run)
+    publish('\n\n'.join(parts) + '\n',
+            {folder/'bench.json': table, folder/'bench.png': picture})
     return 0
 
 def main(
     argv=None, # arguments of the command; those of the process by default
-) -> int: # exit code: 0, or 2 for bad input
+) -> int: # exit code: that of `bench`, or one of `exit_codes`
     "The command `oe-bench`: `bench` with its arguments from the command line."
     return run_command(bench, 'oe-bench', argv)

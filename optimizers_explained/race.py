@@ -19,13 +19,14 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/race.html.md""
 __all__ = ['tolerance', 'contenders', 'run_race', 'disagreeing', 'race_table', 'plot_race', 'check_settings', 'race', 'main']
 
 # %% ../nbs/20_race.ipynb #a4485367
-import json, math, time
+import math, time
 from pathlib import Path
 
 import torch
 from . import callback
 from .basic import BasicSGD, check_nonnegative, fit
-from .command import check_device, check_folder, run_command, write_whole
+from .command import check_device, check_folder, run_command
+from .command import publish, strict_json
 from .composer import DecoupledSGDW
 from .rules import l2_settings
 from .problems import accuracy, default_device, digits, max_diff, mlp, versions
@@ -131,7 +132,8 @@ def check_settings(
     device, # `None`, cpu, cuda or cuda:N
     out, # a folder that exists or can be made, and written to
 ) -> Path: # the folder, which now exists
-    "Raise a `ValueError` with one sentence for the first setting of `race` that cannot be used."
+    """Raise a `ValueError` with one sentence for the first setting that cannot be used,
+    or `NotWritten` if a folder is in the place of a result."""
     if epochs < 1: raise ValueError(f"epochs must be at least 1, got {epochs}")
     check_nonnegative(lr=lr, momentum=momentum, weight_decay=weight_decay)
     if not math.isfinite(lr): raise ValueError(f"lr must be finite, got {lr}")
@@ -139,9 +141,26 @@ def check_settings(
     l2_settings(lr, momentum, weight_decay)
     if not 0 <= seed < 2**63: raise ValueError(f"seed must be a number from 0 to 2**63-1, got {seed}")
     check_device(device)
-    return check_folder(out)
+    return check_folder(out, 'race.json', 'race.png')
 
 # %% ../nbs/20_race.ipynb #7724aa18
+def _diverged(rows):
+    "The contenders with a loss that is no finite number."
+    finite = lambda row: all(math.isfinite(h['valid_loss']) for h in row['history'])
+    return [row['name'] for row in rows if not finite(row)]
+
+def _verdict(odd, lost, device):
+    "Who disagrees and who diverged, a line each."
+    who = f"Disagreeing: {', '.join(odd)}" if odd else 'All agree'
+    lines = [f'{who} (tolerance {tolerance:g} on every weight, float64, {device}).']
+    if lost:
+        lines.append(f"Diverged: {', '.join(lost)}. "
+                     'Their loss is no finite number, in race.json it is null.')
+    if odd:
+        lines.append('Where training diverges, rounding alone drives equal optimizers '
+                     'apart: a smaller lr tells which it is.')
+    return '\n'.join(lines)
+
 def race(
     epochs:int=5, # passes over the training digits, at least 1
     lr:float=0.1, # learning rate, >= 0
@@ -156,20 +175,21 @@ def race(
     from matplotlib.figure import Figure
     device = check_device(device)
     rows = run_race(contenders(lr, momentum, weight_decay), epochs, seed, device)
-    odd = disagreeing(rows)
-    settings = dict(epochs=epochs, lr=lr, momentum=momentum, weight_decay=weight_decay, seed=seed, device=device, dtype='float64')
-    result = dict(settings=settings, tolerance=tolerance, agree=not odd, versions=versions('optimizers_explained'), contenders=rows)
-    fig = plot_race(rows, Figure(figsize=(8, 3.2), layout='constrained'))
-    write_whole(folder/'race.json', lambda f: f.write_text(json.dumps(result, indent=1)))
-    write_whole(folder/'race.png', lambda f: fig.savefig(f, dpi=150, format='png'))
-    print(race_table(rows))
-    print(f"{'Disagreeing: ' + ', '.join(odd) if odd else 'All agree'} (tolerance {tolerance:g} on every weight, float64, {device}). "
-          f"Wrote {folder/'race.json'} and {folder/'race.png'}.")
-    if odd: print('Where training diverges, rounding alone drives equal optimizers apart: a smaller lr tells which it is.')
-    return int(bool(odd))
+    odd, lost = disagreeing(rows), _diverged(rows)
+    settings = dict(epochs=epochs, lr=lr, momentum=momentum, weight_decay=weight_decay,
+                    seed=seed, device=device, dtype='float64')
+    result = dict(settings=settings, tolerance=tolerance, agree=not odd, diverged=lost,
+                  versions=versions('optimizers_explained'), contenders=rows)
+    def table(path): path.write_text(strict_json(result))
+    def picture(path):
+        fig = plot_race(rows, Figure(figsize=(8, 3.2), layout='constrained'))
+        fig.savefig(path, dpi=150, format='png')
+    publish(f'{race_table(rows)}\n{_verdict(odd, lost, device)}',
+            {folder/'race.json': table, folder/'race.png': picture})
+    return 1 if odd else 0
 
 def main(
     argv=None, # arguments of the command; those of the process by default
-) -> int: # exit code: that of `race`, or 2 for bad input
+) -> int: # exit code: that of `race`, or one of `exit_codes`
     "The command `oe-race`: `race` with its arguments from the command line."
     return run_command(race, 'oe-race', argv)

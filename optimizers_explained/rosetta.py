@@ -22,12 +22,13 @@ __all__ = ['schedules', 'lr_factors', 'follow', 'Translation', 'translate', 'cop
 
 # %% ../nbs/08_rosetta.ipynb #ddd42a96
 import argparse
-import json
+import math
 import sys
 from typing import NamedTuple
 
 import torch
 from torch.optim import lr_scheduler
+from .command import Parser, exit_code, say, strict_json
 from .recipes import _check, _known, arguments, constructor, optimizers
 from .rules import _cap, _dampening, _decay, _family, _features, _switches, canonical
 
@@ -143,39 +144,89 @@ def copied(
 def _value(text):
     words = dict(true=True, false=False, none=None)
     if text.lower() in words: return words[text.lower()]
-    try: return float(text)
-    except ValueError: raise argparse.ArgumentTypeError(f'must be a number, true, false or none, got {text!r}') from None
+    try: number = float(text)
+    except ValueError: number = None
+    if number is not None and math.isfinite(number): return number
+    wanted = 'a number' if number is None else 'a finite number'
+    sentence = f'must be {wanted}, true, false or none, got {text!r}'
+    raise argparse.ArgumentTypeError(sentence)
+
+_arguments = dict.fromkeys(k for _, _, args in optimizers.values() for k in args)
 
 def _parser():
-    parser = argparse.ArgumentParser('oe-translate', description='The arguments with which one optimizer trains the same weights as another, and how far that holds.',
-                                     epilog=f"optimizers: {', '.join(optimizers)}", allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f'oe-translate: {message}\n')
+    parser = Parser(
+        'oe-translate', 'The arguments with which one optimizer trains the same '
+        'weights as another, and how far that holds.',
+        answers='0 an answer, even if it is that there is no translation',
+        notes=f"Optimizers: {', '.join(optimizers)}.")
     parser.add_argument('src', help='the optimizer of the recipe, such as torch.SGD')
     parser.add_argument('dst', help='the optimizer to translate to')
-    parser.add_argument('--json', action='store_true', help='print {"args": ..., "holds": ..., "why": ...}')
-    options = parser.add_argument_group('arguments of SRC')
-    for k in dict.fromkeys(k for _, _, args in optimizers.values() for k in args):
-        options.add_argument(f"--{k.replace('_', '-')}", dest=k, type=_value, default=argparse.SUPPRESS, metavar='X', **(dict(nargs=2) if k == 'betas' else dict(nargs='?', const=True)),
-                             help=f"for {', '.join(o for o in optimizers if k in optimizers[o][2])}")
+    parser.option('json', action='store_true', help='print {"args": ..., "holds": ..., '
+                  '"why": ...}, and nothing if the input is bad')
+    settings = dict(type=_value, default=argparse.SUPPRESS, metavar='X')
+    recipe = parser.add_argument_group('arguments of SRC')
+    for k in _arguments:
+        words = dict(nargs=2) if k == 'betas' else dict(nargs='?', const=True)
+        takers = ', '.join(o for o in optimizers if k in optimizers[o][2])
+        parser.option(k, recipe, help=f'for {takers}', **words, **settings)
     context = parser.add_argument_group('context')
-    for k, text in _context.items(): context.add_argument(f"--{k.replace('_', '-')}", dest=k, type=_value, default=argparse.SUPPRESS, metavar='X', help=text)
+    for k, text in _context.items(): parser.option(k, context, help=text, **settings)
     return parser
+
+def _switched(words):
+    "`--nesterov torch.SGD` as `--nesterov=true torch.SGD`: the name is not its value."
+    switched = []
+    for word, following in zip(words, [*words[1:], '']):
+        takes_value = word.startswith('--') and word[2:].replace('-', '_') in _arguments
+        bare = takes_value and following in optimizers
+        switched.append(f'{word}=true' if bare else word)
+    return switched
+
+def _unknown(parser, word, src):
+    "What to say about a word that no option takes."
+    if src not in optimizers: return parser.unknown(word)
+    known = optimizers[src][2]
+    name = word.partition('=')[0]
+    close = name.lstrip('-').replace('-', '_')
+    option = '--' + close.replace('_', '-')
+    if close in known: return f'{word!r} is not understood; write {option}'
+    shown = close if name.startswith('--') else name
+    return f"unknown argument of {src} {shown!r}; known are {', '.join(known)}"
+
+def _translated(hypers, src, dst, context):
+    "`translate`, and a `ValueError` where numbers overflow on the way."
+    try: t = translate(hypers, src, dst, **context)
+    except ArithmeticError as e:
+        raise ValueError(f'numbers too large or too small to translate ({e})') from None
+    if not t.args: return t
+    try: arguments(dst, t.args)
+    except ValueError as e:
+        raise ValueError(f'{dst} cannot take the translation: {e}') from None
+    return t
+
+_says = {'any schedule': 'exact under any schedule of the learning rate',
+         'constant lr': 'exact at a constant learning rate'}
+
+def _answer(t, dst):
+    if not t.args: return f'no translation: {t.why}'
+    call = ', '.join(f'{k}={v!r}' for k, v in t.args.items())
+    says = _says.get(t.holds, 'no translation, this is the closest setting')
+    return f'{dst}(params, {call})\n{says}: {t.why}'
+
+def _translate_words(words):
+    parser = _parser()
+    given, rest = parser.read(_switched(words))
+    src, dst = given['src'], given['dst']
+    if rest: raise ValueError(_unknown(parser, rest[0], src))
+    hypers = {k: v for k, v in given.items() if k in _arguments}
+    context = {k: v for k, v in given.items() if k in _context}
+    t = _translated(hypers, src, dst, context)
+    say(strict_json(t._asdict(), indent=None) if given['json'] else _answer(t, dst))
+    return 0
 
 def main(
     argv=None, # arguments of the command; those of the process by default
-) -> int: # exit code: 0, or 2 for bad input
+) -> int: # exit code: 0, or 2 for bad input; the others are in `--help`
     "The command `oe-translate`: `translate` with its arguments from the command line."
-    parser = _parser()
-    given, rest = parser.parse_known_args(argv)
-    given = vars(given)
-    src, dst, as_json, context = given.pop('src'), given.pop('dst'), given.pop('json'), {k: given.pop(k) for k in _context if k in given}
-    try:
-        if rest: _known(rest[0].lstrip('-').split('=')[0].replace('-', '_'), optimizers[src][2] if src in optimizers else optimizers, f'argument of {src}')
-        t = translate(given, src, dst, **context)
-    except ValueError as e:
-        print(f'oe-translate: {e}', file=sys.stderr)
-        return 2
-    call = f"{dst}(params, {', '.join(f'{k}={v!r}' for k, v in t.args.items())})"
-    holds = {'any schedule': 'exact under any schedule of the learning rate', 'constant lr': 'exact at a constant learning rate', 'none': 'no translation' + ', this is the closest setting'*bool(t.args)}
-    print(json.dumps(t._asdict()) if as_json else '\n'.join([call]*bool(t.args) + [f'{holds[t.holds]}: {t.why}']))
-    return 0
+    words = sys.argv[1:] if argv is None else argv
+    return exit_code('oe-translate', lambda: _translate_words(words))

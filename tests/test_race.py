@@ -57,11 +57,12 @@ def test_bad_input_is_one_line_and_2(tmp_path, args, message, capfd, monkeypatch
     assert [p.name for p in tmp_path.iterdir()] == ['file'] and (tmp_path/'file').read_text() == 'mine'
 
 
-def test_nothing_is_half_written(tmp_path, monkeypatch):
+def test_nothing_is_half_written(tmp_path, monkeypatch, capfd):
     (tmp_path/'race.json').write_text('from before')
     def broken(*_): raise KeyboardInterrupt
     monkeypatch.setattr(commands.os, 'replace', broken)
-    with pytest.raises(KeyboardInterrupt): race.main(['--epochs', '1', '--out', str(tmp_path)])
+    assert race.main(['--epochs', '1', '--out', str(tmp_path)]) == 130
+    assert capfd.readouterr().err == 'oe-race: interrupted\n'
     assert [p.name for p in tmp_path.iterdir()] == ['race.json'] and (tmp_path/'race.json').read_text() == 'from before'
 
 
