@@ -16,12 +16,15 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/manners.html.m
 
 # %% auto #0
 __all__ = ['CHANGED', 'leaves_gradients_alone', 'skips_missing_gradients', 'lets_frozen_parameters_rest', 'rests_at_lr_0',
-           'treats_each_parameter_alone', 'keeps_groups_apart', 'takes_new_groups', 'steps_tied_weights_once',
-           'follows_every_scheduler', 'runs_closures', 'clears_gradients', 'obeys_the_grad_scaler',
-           'takes_accumulated_and_clipped_gradients']
+           'treats_each_parameter_alone', 'keeps_groups_apart', 'takes_new_groups', 'takes_empty_groups',
+           'frees_what_was_replaced', 'leaves_flags_alone', 'steps_tied_weights_once', 'follows_every_scheduler',
+           'takes_a_tensor_as_lr', 'runs_closures', 'clears_gradients', 'obeys_the_grad_scaler',
+           'takes_accumulated_and_clipped_gradients', 'runs_compiled']
 
 # %% ../nbs/13b_manners.ipynb #e0ec3b41
 import copy
+import gc
+import weakref
 
 import torch
 from .judge import SCHEDULERS, agree, feed, leaves, refused, row, same, train, trained, twins
@@ -111,6 +114,46 @@ def takes_new_groups(make): # makes the optimizer
             sched.step()
         agree([a, b], [c, d], f"a group added after {when} steps, and an optimizer of its own")
 
+# %% ../nbs/13b_manners.ipynb #c5a7e101
+@row
+def takes_empty_groups(make): # makes the optimizer
+    "An empty group, at the start or added later, changes nothing; an optimizer of nothing is refused."
+    ps, qs = leaves(), leaves()
+    opt, other = make([{'params': []}, {'params': ps}]), make(qs)
+    opt.add_param_group({'params': []})
+    agree(train(opt, ps), train(other, qs), "parameters beside empty groups, and alone")
+    assert [len(g['params']) for g in opt.param_groups] == [0, 2, 0], "a group is lost"
+    opt.load_state_dict(opt.state_dict())
+    agree(train(opt, ps), train(other, qs), "the same after loading a checkpoint")
+    refused(['empty'], make, [])
+
+# %% ../nbs/13b_manners.ipynb #c5a7e104
+@row
+def frees_what_was_replaced(make): # makes the optimizer
+    "A parameter taken out of its group and of the state is freed with its state, and the one in its place trains."
+    opt, (old, other) = trained(make)
+    new, alone = twins([old, old])
+    held = [weakref.ref(t) for t in (old, *opt.state[old].values()) if isinstance(t, torch.Tensor)]
+    opt.param_groups[0]['params'][0] = new
+    opt.state.pop(old, None)
+    del old
+    train(opt, [new, other], range(5, 8))
+    gc.collect()
+    alive = sum(ref() is not None for ref in held)
+    assert not alive, f"{alive} of {len(held)} tensors of a parameter that was replaced are still there"
+    agree([new], train(make([alone]), [alone], range(5, 8)), "a parameter in the place of another, and alone")
+
+# %% ../nbs/13b_manners.ipynb #c5a7e107
+@row
+def leaves_flags_alone(make): # makes the optimizer
+    "Attributes that the user sets on parameters, equal or not, change no number, and none is added."
+    ps, qs = leaves(), leaves()
+    for i, p in enumerate(ps): p.label, p.no_decay, p.twin = f'layer {i}', i == 0, qs[i]
+    before = [dict(vars(p)) for p in ps]
+    agree(train(make(ps), ps), train(make(qs), qs), "parameters with and without flags")
+    assert all(vars(p).keys() == flags.keys() for p, flags in zip(ps, before)), "there are other attributes on the parameters"
+    assert all(p.twin is q for p, q in zip(ps, qs)), "an attribute has changed"
+
 # %% ../nbs/13b_manners.ipynb #9089570c
 @row
 def steps_tied_weights_once(make): # makes the optimizer
@@ -142,6 +185,21 @@ def follows_every_scheduler(make): # makes the optimizer
         assert [h['lr'] for h in seen] == want, f"{name}: the rates are {[h['lr'] for h in seen]}, in torch.optim.SGD {want}"
         agree(ps, _under(SCHEDULERS['LambdaLR'], make, seen)[0], f"{name}, and the same values set by hand")
         assert max_diff(ps, constant) > 0, f"{name} makes no difference"
+
+# %% ../nbs/13b_manners.ipynb #c5a7e201
+@row
+def takes_a_tensor_as_lr(make): # makes the optimizer
+    "A 0-dimensional tensor as `lr` trains what the number does, under a scheduler too, and comes back from a checkpoint."
+    lr = make(leaves()).param_groups[0]['lr']
+    (ps, qs), rate = (leaves(), leaves()), torch.tensor(lr, dtype=torch.float64)
+    opt, other = make(ps, lr=rate), make(qs)
+    scheds = [torch.optim.lr_scheduler.LambdaLR(o, lambda t: 1/(1 + t)) for o in (opt, other)]
+    for t in range(6):
+        train(opt, ps, [t]), train(other, qs, [t])
+        for sched in scheds: sched.step()
+        agree(ps, qs, f"a tensor and a number as lr, after {t + 1} steps")
+    saved = opt.state_dict()['param_groups'][0]['lr']
+    assert isinstance(saved, torch.Tensor) and abs(saved.item() - lr/7) < 1e-12, f"the checkpoint has lr={saved!r}"
 
 # %% ../nbs/13b_manners.ipynb #397df813
 @row
@@ -193,3 +251,20 @@ def takes_accumulated_and_clipped_gradients(make): # makes the optimizer
         q.grad = (6*q*(0.5/(6*q.norm() + 1e-6)).clamp(max=1)).detach()
         opt.step(), other.step()
     agree([p], [q], "accumulated and clipped, and the same gradient by hand")
+
+# %% ../nbs/13b_manners.ipynb #c5a7e301
+@row
+def runs_compiled(make): # makes the optimizer
+    "A train step under `torch.compile`, with `step` inside it and a changing rate, trains what it does without."
+    (p, _), (q, _) = leaves(), leaves()
+    opt, other = make([p]), make([q])
+    def train_step(opt, p):
+        opt.zero_grad()
+        p.pow(2).sum().backward()
+        opt.step()
+    torch._dynamo.reset()
+    compiled = torch.compile(train_step, backend='eager')
+    for t in range(3):
+        for o in (opt, other): o.param_groups[0]['lr'] *= 0.5
+        compiled(opt, p), train_step(other, q)
+    agree([p], [q], "a compiled train step and a plain one", tol=1e-6)
