@@ -26,6 +26,7 @@ Modules:
 - `optimizers_explained.multi_tensor`: The same steps on one tensor, on a list of tensors, or in one kernel made from them.
 - `optimizers_explained.operations`: What a step computes with, written down: numbers as Python source, operations as expressions.
 - `optimizers_explained.optim`: `from optimizers_explained import optim`: torch's names, argument names, order and defaults.
+- `optimizers_explained.outside`: A step gets a parameter, a gradient, a state and some numbers. Its code may look at more, and what that is decides how it can be run.
 - `optimizers_explained.problems`: Four small problems on which an optimizer shows what it does, and the tables and plots every page uses.
 - `optimizers_explained.race`: Four optimizers, one network, one set of batches: with the right translation they end at the same weights.
 - `optimizers_explained.recipes`: What `weight_decay` means in each of twenty optimizers, every argument with its default, and what is refused.

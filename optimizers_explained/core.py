@@ -26,7 +26,7 @@ from types import FunctionType
 
 import torch
 from .checkpoint import prepare
-from .checks import (ORDINARY, Checked, Snapshot, as_list, check_capture, check_dense, check_group, check_hypers, check_speed,
+from .checks import (ORDINARY, Ambiguous, Checked, Snapshot, as_list, check_capture, check_dense, check_group, check_hypers, check_speed,
                                          check_state, check_update, name_of, takes)
 from .fused import Memo, run_together, takes_lists
 
@@ -85,9 +85,11 @@ class StepOptimizer(torch.optim.Optimizer):
         "Run the steps on one parameter, or on what stands for several."
         if not self.memo.proven: return self.prove(bound, p, g, state)
         known = bool(state)
-        for f, step in bound:
-            d = step(p, g, state)
-            if d is not None: g = d if known else check_update(f, d, p)
+        try:
+            for f, step in bound:
+                d = step(p, g, state)
+                if d is not None: g = d if known else check_update(f, d, p)
+        except Ambiguous as e: raise Ambiguous(e.does, f'step {name_of(f)}') from e
         if not ORDINARY.issuperset(map(type, state.values())): check_state(state)
 
     def prove(self, bound, p, g, state):
@@ -98,8 +100,9 @@ class StepOptimizer(torch.optim.Optimizer):
                 d = step(p, g, state)
                 if d is not None: g = check_update(f, d, p)
                 check_state(state, f)
-        except BaseException:
+        except BaseException as e:
             before.restore()
+            if isinstance(e, Ambiguous): raise Ambiguous(e.does, f'step {name_of(f)}') from e
             raise
         self.memo.proven = True
 

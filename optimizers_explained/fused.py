@@ -23,10 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from .build import CppKernel, TritonKernel
-from .checks import Snapshot, warn_user
+from .checks import Snapshot, name_of, warn_user
 from .layout import PLAIN, Layout, Spans, span
-from .multi_tensor import KEPT, PIECE, Batch, Plan, flags_of, in_lists, names_in
+from .multi_tensor import KEPT, PIECE, Batch, Plan, in_lists
 from .operations import Unfusable
+from .outside import Alone, Outside, flags
 from .recorder import HALF, record
 
 # %% ../nbs/10e_fused.ipynb #fc67769f
@@ -34,14 +35,14 @@ BACKENDS = dict(cpu=CppKernel, cuda=TritonKernel) # the kernel of each kind of d
 LIMIT = 16 # recordings of the same steps; with more, Python runs them
 
 class Program:
-    "A recording and, if one can be made, its kernel."
+    "A recording and, if one can be made, its kernel. It keeps the steps, so that `Memo` may know them by their ids."
     def __init__(self,
         calls, # pairs of a step and its hyperparameters by name
         like:Tensor, # one of the parameters
         tensors, # keys of the tensors in the state
         numbers:dict, # the rest of the state
     ):
-        self.steps = [f for f, _ in calls]       # keeps them, so that `Memo` may know them by their ids
+        self.steps, self.watched = [f for f, _ in calls], None
         self.recording, again = (record(calls, like, tensors, numbers) for _ in range(2))
         self.numbers, self.reason, self.kernel = self.recording.numbers, self.recording.reason, None
         if self.recording != again: self.reason = 'the steps do something else each time they are run'
@@ -70,15 +71,25 @@ class Memo:
     "What an optimizer need not find out again at the next step. It holds no tensor of parameters or states."
     def __init__(self):
         self.plans, self.programs, self.told, self.proven = {}, {}, set(), False
-        self.steps, self.names = (), frozenset()
+        self.steps, self.outside, self.names, self.alone = [], [], frozenset(), None
 
-    def names_of(self,
-        steps, # of the optimizer
-    ) -> frozenset:
-        "The attributes that the steps may ask for."
-        if len(steps) != len(self.steps) or any(map(operator.is_not, steps, self.steps)):
-            self.steps, self.names = tuple(steps), frozenset().union(*map(names_in, steps))
-        return self.names
+    def read(self,
+        calls, # pairs of a step and its hyperparameters by name
+    ):
+        "Find out what the steps read besides their arguments; once, as long as they are the same steps."
+        steps = [f for f, _ in calls]
+        if _same(steps, self.steps): return
+        self.steps, self.outside = steps, [Outside(f, hypers) for f, hypers in calls]
+        self.names = frozenset().union(*(o.names for o in self.outside))
+        reasons = [f'step {name_of(f)}: {o.alone.reason}' for f, o in zip(steps, self.outside) if type(o.alone) is Alone]
+        self.alone = reasons[0] if reasons else None
+
+    def watch(self) -> list: # equal as long as nothing has changed
+        "What the steps read besides their arguments, as it is now; `Unfusable` if it may change without being noticed."
+        for f, o in zip(self.steps, self.outside):
+            if o.unwatched:
+                raise Unfusable(f'step {name_of(f)} reads {o.unwatched[0]}, which may change: pass it as a hyperparameter')
+        return [o() for o in self.outside]
 
     def program(self,
         calls, # pairs of a step and its hyperparameters by name
@@ -87,14 +98,18 @@ class Memo:
         numbers:dict, # the rest of the state
     ) -> Held:
         "The program whose guards hold; `Unfusable` if its numbers keep changing."
+        self.read(calls)
+        watched = self.watch()
         hypers = {k: v for _, h in calls for k, v in h.items()}
-        steps = tuple(id(f) for f, _ in calls)
-        key = steps, like.device, like.dtype, like.ndim, type(like), flags_of(like, self.names), *tensors, None, *numbers
+        steps = tuple(map(id, self.steps))
+        key = steps, like.device, like.dtype, like.ndim, type(like), flags(like, self.names), *tensors, None, *numbers
         found = self.programs.setdefault(key, [])
         for program in found:
+            if program.watched != watched: continue
             if held := _hold(program, hypers, numbers): return held
         if len(found) >= LIMIT: raise Unfusable('the steps ask for the value of a number that keeps changing')
         program = Program(calls, like, tensors, numbers)
+        program.watched = watched
         found.insert(0, program)
         held = _hold(program, hypers, numbers) if program.reason is None else Held(program)
         if held is None:
@@ -102,11 +117,16 @@ class Memo:
             return Held(program)
         return held
 
-    def tell(self, reason):
-        "Say once why no kernel runs."
+    def tell(self,
+        reason:str, # why
+        instead='fused=True, and still some parameters are stepped without a kernel', # of what was asked for
+    ):
+        "Say once why the steps are not run as was asked for."
         if not reason or reason in self.told: return
         self.told.add(reason)
-        warn_user(f'fused=True, and still some parameters are stepped without a kernel: {reason}')
+        warn_user(f'{instead}: {reason}')
+
+def _same(xs, ys): return len(xs) == len(ys) and all(map(operator.is_, xs, ys))
 
 def _hold(program, hypers, numbers): # a `Held`, or `None` where a guard does not hold
     try: out = program.numbers(hypers, numbers)
@@ -163,8 +183,6 @@ def written_by(
         plan.spans, plan.layouts = Spans([s for o in layouts for s in o.spans()]), layouts
     if plan.spans.overlap: raise Unfusable('two tensors share their memory')
     return plan.spans
-
-def _same(xs, ys): return len(xs) == len(ys) and all(map(operator.is_, xs, ys))
 
 def run_kernels(
     memo:Memo, # of the optimizer
@@ -253,7 +271,7 @@ def batches_of(
     grads, # their gradients
 ) -> tuple: # a `Plan`, and a list of its `Batch`es
     "The plan of an earlier step if all still is what it was then, or a new one."
-    memo, names = opt.memo, opt.memo.names_of(opt.steps)
+    memo, names = opt.memo, opt.memo.names
     states = states_of(opt, params)
     limit = float('inf') if opt.fused or params[0].is_cuda else PIECE
     key = id(params[0]), len(params), limit
@@ -321,15 +339,21 @@ def run_together(
     grads, # their gradients
 ):
     "Step a group in kernels or lists, and where neither can be, one parameter after the other."
+    memo = opt.memo
+    memo.read(calls)
     plan, batches = batches_of(opt, params, grads)
-    if opt.fused: batches = run_kernels(opt.memo, calls, plan, batches)
+    if memo.alone:
+        if opt.fused: memo.tell(memo.alone)
+        elif opt.foreach: memo.tell(memo.alone, 'foreach=True, and still one parameter is stepped after the other')
+        return run_alone(run, batches)
+    if opt.fused: batches = run_kernels(memo, calls, plan, batches)
     lists = takes_lists(opt, params)
     if lists and are_tied(plan, batches): lists = False
     alone = []
     for batch in batches:
         sharded = hasattr(batch.params[0], 'to_local')
-        if opt.foreach and lists and is_large(batch.params[0]) and acts_by_element(opt.memo, calls, batch):
+        if opt.foreach and lists and is_large(batch.params[0]) and acts_by_element(memo, calls, batch):
             in_rows(run, batch)
-        elif lists or sharded: run_list(opt.memo, run, batch)
+        elif lists or sharded: run_list(memo, run, batch)
         else: alone.append(batch)
     run_alone(run, alone)
