@@ -77,7 +77,7 @@ def _wrapped(params, opt, convert_groups, kwargs): # the torch optimizer to use
 class OptimWrapper(Optimizer):
     "A torch optimizer with the methods and hyperparameter names of `Optimizer`; see `opt` for the torch optimizer itself"
     def __init__(self,
-        params=None, # as in `Optimizer` or in torch's form; None if `opt` is built already
+        params=None, # as in `Optimizer`, or torch's groups; None if `opt` is built
         opt=None, # a torch optimizer class (or a `partial` of one), or a torch optimizer
         hp_map=None, # torch's names to ours; None is `pytorch_hp_map`
         convert_groups=True, # turn a list of lists into torch's groups; False passes `params` on as they are
