@@ -25,9 +25,9 @@ from collections import defaultdict
 from copy import deepcopy
 
 from torch import Tensor
-from fastcore.basics import filter_keys, patch
+from fastcore.basics import filter_keys, merge, patch
 from fastcore.foundation import L
-from .bookkeeping import Optimizer, _groups
+from .bookkeeping import Optimizer, listed
 
 # %% ../nbs/07a_wrapper.ipynb #844e7d6a
 pytorch_hp_map = dict(momentum='mom', weight_decay='wd', alpha='sqr_mom', betas__0='mom', betas__1='sqr_mom')
@@ -38,7 +38,8 @@ def detuplify_pg(
     "The hyperparameters of group `d`, tuples taken apart: `betas` becomes `betas__0` and `betas__1`"
     out = {}
     for k, v in filter_keys(d, lambda k: k not in ('params', 'param_names')).items():
-        out.update({f'{k}__{i}': o for i, o in enumerate(v)} if isinstance(v, (tuple, list)) else {k: v})
+        if not isinstance(v, (tuple, list)): out[k] = v
+        else: out.update({f'{k}__{i}': o for i, o in enumerate(v)})
     return out
 
 def set_item_pg(
@@ -47,37 +48,43 @@ def set_item_pg(
     v, # the new value
 ) -> dict: # `pg`
     "Set hyperparameter `k` of `pg`, which may be one item of a tuple"
-    name, _, i = k.partition('__')
-    if i:
-        vs = list(pg[name])
-        vs[int(i)] = v
-        name, v = name, tuple(vs)
-    pg[name] = v
+    name, _, i = k.rpartition('__')
+    if k in pg or not i.isdigit():
+        pg[k] = v
+        return pg
+    vs = list(pg[name])
+    vs[int(i)] = v
+    pg[name] = tuple(vs)
     return pg
 
 # %% ../nbs/07a_wrapper.ipynb #b8d8a475
+def _named(o): return isinstance(o, tuple) and len(o) == 2 and isinstance(o[0], str)
+
+def _torchs_form(params): # lists of groups become torch's groups, anything else stays
+    params = [params] if isinstance(params, (Tensor, dict)) else list(params)
+    if not params: return params
+    if isinstance(params[0], (Tensor, dict)) or _named(params[0]): return params
+    return [g if isinstance(g, dict) else {'params': listed(g)} for g in params]
+
 def _wrapped(params, opt, convert_groups, kwargs): # the torch optimizer to use
     if opt is None: raise ValueError("opt is None: give a torch optimizer, or a torch optimizer class and params")
     if callable(opt) != (params is not None) or (kwargs and not callable(opt)): raise ValueError(
         "give params (and hyperparameters) with a torch optimizer class, and neither with a torch optimizer that is already built")
     if not callable(opt): return opt
-    params = [params] if isinstance(params, Tensor) else list(params)
-    in_torchs_form = not convert_groups or (params and isinstance(params[0], dict))
-    return opt(params if in_torchs_form else [{'params': list(g)} for g in _groups(params)], **kwargs)
+    return opt(_torchs_form(params) if convert_groups else params, **kwargs)
 
 # %% ../nbs/07a_wrapper.ipynb #b793e1f4
 class OptimWrapper(Optimizer):
     "A torch optimizer with the methods and hyperparameter names of `Optimizer`; see `opt` for the torch optimizer itself"
     def __init__(self,
-        params=None, # as in `Optimizer`, or groups in torch's form; None if `opt` is already built
+        params=None, # as in `Optimizer`, or torch's groups; None if `opt` is built
         opt=None, # a torch optimizer class (or a `partial` of one), or a torch optimizer
         hp_map=None, # torch's names to ours; None is `pytorch_hp_map`
         convert_groups=True, # turn a list of lists into torch's groups; False passes `params` on as they are
         **kwargs, # for the class, under torch's names: `lr=0.1, momentum=0.9`
     ):
         self.opt, self.state, self.frozen_idx = _wrapped(params, opt, convert_groups, kwargs), defaultdict(dict), 0
-        hp_map = pytorch_hp_map if hp_map is None else hp_map
-        self.names = {hp_map.get(k, k): k for k in detuplify_pg(self.opt.param_groups[0])}
+        self.hp_map = pytorch_hp_map if hp_map is None else hp_map
 
     @property
     def param_lists(self):
@@ -88,10 +95,17 @@ class OptimWrapper(Optimizer):
     def param_lists(self, v):
         for pg, ps in zip(self.opt.param_groups, v): pg['params'] = list(ps)
 
+    def names(self,
+        pg:dict, # one of the torch optimizer's groups
+    ) -> dict: # `{our name: torch's name}`
+        "The hyperparameters that group `pg` has at this moment"
+        return {self.hp_map.get(k, k): k for k in detuplify_pg(pg)}
+
     @property
     def hypers(self):
         "The hyperparameters of each group, under our names; a copy"
-        return L({ours: flat[k] for ours, k in self.names.items()} for flat in map(detuplify_pg, self.opt.param_groups))
+        groups = map(detuplify_pg, self.opt.param_groups)
+        return L({self.hp_map.get(k, k): v for k, v in flat.items()} for flat in groups)
 
     def step(self,
         closure=None, # as the torch optimizer takes it
@@ -121,15 +135,20 @@ class OptimWrapper(Optimizer):
         self.opt.state.clear()
 
 # %% ../nbs/07a_wrapper.ipynb #670f60f1
-@patch
-def _set_hyper(self:OptimWrapper, i, k, v): set_item_pg(self.opt.param_groups[i], self.names[k], v)
+def _torch_name(wrapper, pg, k): # torch's name in group `pg` for our name `k`
+    own = wrapper.names(pg)
+    if k in own: return own[k]
+    first_wins = reversed(wrapper.opt.param_groups)
+    name = merge(*map(wrapper.names, first_wins)).get(k)
+    if name is None or '__' in name: raise KeyError(
+        f"{type(wrapper.opt).__name__} has no hyperparameter {k!r}:"
+        f" it has {', '.join(own)}")
+    return name
 
 @patch
-def set_hypers(self:OptimWrapper,
-    **kwargs, # name and value of each hyperparameter, the value as in `Optimizer.set_hyper`
-):
-    "Set hyperparameters of the torch optimizer; a name it does not have is a `KeyError`, raised before any is set"
-    for k in kwargs:
-        if k not in self.names: raise KeyError(
-            f"{type(self.opt).__name__} has no hyperparameter {k!r}: it has {', '.join(self.names)}")
-    Optimizer.set_hypers(self, **kwargs)
+def _write(self:OptimWrapper, groups): # all names are looked up before anything is set
+    pgs = self.opt.param_groups
+    todo = [{_torch_name(self, pg, k): v for k, v in new.items()}
+            for pg, new in zip(pgs, groups)]
+    for pg, new in zip(pgs, todo):
+        for k, v in new.items(): set_item_pg(pg, k, v)

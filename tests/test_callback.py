@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 import torch
 from torch import nn
+from torch.optim import lr_scheduler
 
 from optimizers_explained import callback as ours
 from optimizers_explained.problems import max_diff
@@ -357,6 +358,89 @@ def stepped_before_backward(lib):
 def test_autograd_notices_a_step_before_backward():
     with pytest.raises(RuntimeError, match='modified by an inplace operation'): stepped_before_backward(ours)
 
+# ---- plain numbers in place of parameters, as in the first cells of fastai's notebook
+
+NUMBERS = dict(
+    flat=lambda: [1, 2, 3], range=lambda: range(3), groups=lambda: [[1, 2], [3]],
+    generator=lambda: ([o, o + 1] for o in range(0, 4, 2)), one=lambda: 7,
+    floats=lambda: [[0.5], [], [1.5]])
+
+@pytest.mark.parametrize('form', NUMBERS)
+def test_numbers_as_parameters(fai, form):
+    def go(lib):
+        cbs = [lib.weight_decay, lib.average_grad]
+        opt = lib.Optimizer(NUMBERS[form](), cbs, lr=0.1)
+        opt.set_hyper('lr', slice(0.1))
+        opt.step(), opt.zero_grad(), opt.clear_state()
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        groups = [[list(g['params']), g['lr']] for g in opt.param_groups]
+        live = opt.all_params(with_grad=True)
+        return groups, list(opt.state_dict()['state']), list(live)
+    assert go(ours) == go(fai)
+
+def test_numbers_beside_tensors_are_left_alone(fai):
+    def go(lib, wd=0.1):
+        p = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        p.grad = torch.full_like(p, 0.5)
+        opt = lib.SGD([[p, 3], [4.]], lr=0.1, wd=wd)
+        opt.step()
+        return p.detach().tolist(), [list(g)[-1] for g in opt.param_lists]
+    assert go(ours) == go(fai) and go(ours)[1] == [3, 4.]
+    assert go(ours)[0] != go(ours, wd=0.2)[0]
+
+def test_freezing_numbers_is_refused(fai):
+    for lib, error in ((ours, TypeError), (fai, AttributeError)):
+        with pytest.raises(error): lib.SGD([[1], [2]], lr=0.1).freeze()
+    a = torch.ones(1, requires_grad=True)
+    opt = ours.SGD([[a], [2]], lr=0.1)
+    unchanged(opt, lambda o: o.freeze(), TypeError,
+              'freeze_to needs tensors, one parameter is int 2')
+    assert a.requires_grad
+
+NEITHER = ['w', None, ['w'], [None], [[1], None], [3, 'w'], [nn.Linear(1, 1)]]
+
+@pytest.mark.parametrize('bad', NEITHER, ids=str)
+def test_neither_tensors_nor_numbers(bad):
+    with pytest.raises(TypeError, match='must hold tensors, or lists of tensors'):
+        ours.SGD(bad, lr=0.1)
+
+# ---- odd values and groups
+
+ONE = ['body', b'body', dict(a=1)]
+
+@pytest.mark.parametrize('v', ONE + [torch.tensor([.1, .2, .3])], ids=repr)
+def test_what_counts_as_one_value(fai, v):
+    def go(lib):
+        opt = lib.SGD([[torch.zeros(1)] for _ in range(3)], lr=0.1)
+        opt.set_hyper('extra', v)
+        return [h['extra'] for h in opt.hypers]
+    assert go(ours) == go(fai)
+
+def test_none_is_a_value():
+    wrap = ours.OptimWrapper(Net().groups, torch.optim.SGD, lr=0.1, foreach=False)
+    wrap.set_hyper('foreach', None)
+    assert [g['foreach'] for g in wrap.opt.param_groups] == [None]*3
+
+@pytest.mark.parametrize('n', [0, 1, 2, 3, -1, -2])
+def test_freezing_a_shared_parameter(fai, n):
+    "A parameter of a frozen and of a training group is frozen"
+    def go(lib):
+        a, b = (torch.ones(1, requires_grad=True) for _ in range(2))
+        opt = lib.SGD([[a], [b], [a]], lr=0.1)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            opt.freeze_to(n)
+        return a.requires_grad, b.requires_grad
+    assert go(ours) == go(fai)
+    assert go(ours)[0] == (n == 0)
+
+def test_param_groups_of_single_tensors():
+    a, b = torch.ones(1), torch.ones(2)
+    opt = ours.SGD([[torch.zeros(1)], [torch.zeros(1)]], lr=0.1)
+    opt.param_groups = [{'params': a, 'lr': 0.2}, {'params': b, 'lr': 0.3}]
+    assert opt.param_lists[0][0] is a and opt.param_lists[1][0] is b
+    assert [len(g['params']) for g in opt.param_groups] == [1, 1]
+
 # what the page's table says about fastai: should it change, the table is out of date
 def test_fastai_does_what_the_page_says(fai):
     a, b = (torch.ones(1, requires_grad=True) for _ in range(2))
@@ -377,6 +461,28 @@ def test_fastai_does_what_the_page_says(fai):
     wrap.param_groups = [{'params': [a], 'lr': 5.}]
     assert wrap.hypers[0]['lr'] == 0.1
     assert fai.OptimWrapper(opt=torch.optim.SGD([a], lr=0.1), lr=9.).hypers[0]['lr'] == 0.1
+
+def test_fastai_does_what_the_page_says_of_odd_input(fai):
+    a = leaf()
+    assert len(fai.SGD([a, None, 'w'], lr=0.1).param_lists[0]) == 3
+    with pytest.raises(AssertionError): fai.SGD([a], lr=0.1).set_hyper('lr', None)
+    with pytest.warns(UserWarning, match='train_bn'):
+        assert 'train_bn' not in fai.Optimizer([a], [], train_bn=True).hypers[0]
+    opt = two(torch.optim.SGD)
+    wrap = fai.OptimWrapper(opt=opt)
+    lr_scheduler.StepLR(opt, 1)
+    assert wrap.hypers[0]['initial_lr'] == 0.1
+    with pytest.raises(KeyError): wrap.set_hyper('initial_lr', 1.)
+    opt = TwoKinds()
+    wrap = fai.OptimWrapper(opt=opt)
+    assert 'mom' not in wrap.hypers[1]
+    wrap.set_hyper('mom', 0.5)
+    assert opt.param_groups[1]['momentum'] == 0.5
+    assert opt.param_groups[1]['betas'] == (0.8, 0.99)
+    named = fai.OptimWrapper([('w', a)], torch.optim.SGD, lr=0.1)
+    assert named.hypers[0]['param_names__0'] == 'w'
+    own = ours.OptimWrapper([('w', a)], torch.optim.SGD, lr=0.1)
+    assert not any('param_names' in k for k in own.hypers[0])
 
 # ---- OptimWrapper
 
@@ -479,6 +585,158 @@ def test_wrapper_state():
     opt.zero_grad()
     assert p.grad is None
 
+# ---- groups whose keys differ
+
+def leaf(): return torch.nn.Parameter(torch.ones(2))
+
+def two(cls, first={}, second={}, **kw):
+    groups = [{'params': [leaf()], **own} for own in (first, second)]
+    return cls(groups, lr=0.1, **kw)
+
+def sgd_with_a_name(): return two(torch.optim.SGD, first=dict(name='body'))
+
+RAGGED = {
+    'name in the first': (sgd_with_a_name, lambda o: None),
+    'more in the second': (
+        lambda: two(torch.optim.Adam, second=dict(name='head', pair=(1, 2))),
+        lambda o: None),
+    'group added later': (
+        lambda: torch.optim.Adam([leaf()], lr=0.1),
+        lambda o: o.add_param_group(dict(params=[leaf()], betas=(.5, .6), tag=1))),
+    'StepLR': (
+        lambda: two(torch.optim.SGD, momentum=0.9),
+        lambda o: lr_scheduler.StepLR(o, 1)),
+    'OneCycleLR': (
+        lambda: two(torch.optim.AdamW),
+        lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=9)),
+    'CyclicLR': (
+        lambda: two(torch.optim.SGD, momentum=0.9),
+        lambda o: lr_scheduler.CyclicLR(o, .1, .2)),
+    'a key removed': (
+        lambda: two(torch.optim.SGD), lambda o: o.param_groups[0].pop('fused')),
+    'RMSprop': (
+        lambda: two(torch.optim.RMSprop, second=dict(alpha=0.2), momentum=0.3),
+        lambda o: None)}
+
+def own_keys(opt):
+    return [{k: v for k, v in g.items() if k != 'params'} for g in opt.param_groups]
+
+@pytest.mark.parametrize('case', RAGGED)
+def test_every_group_has_its_own_hypers(fai, case):
+    make, change = RAGGED[case]
+    def go(lib):
+        opt = make()
+        wrap = lib.OptimWrapper(opt=opt)
+        change(opt)
+        items = [list(h.items()) for h in wrap.hypers]     # in the same order, too
+        return items, [len(g) for g in wrap.param_groups]
+    assert go(ours) == go(fai)
+    groups = [dict(h) for h in go(ours)[0]]
+    late = {'StepLR': 'initial_lr', 'OneCycleLR': 'max_lr', 'CyclicLR': 'base_momentum'}
+    if case in late: assert all(late[case] in h for h in groups)
+    else: assert len(groups) == 2 and groups[0] != groups[1]
+
+@pytest.mark.parametrize('case', RAGGED)
+def test_setting_where_keys_differ(fai, case):
+    make, change = RAGGED[case]
+    def go(lib):
+        opt = make()
+        wrap = lib.OptimWrapper(opt=opt)
+        change(opt)
+        wrap.set_hypers(lr=slice(1e-3, 1e-1), wd=[0.5])
+        if 'mom' in wrap.hypers[0]: wrap.set_hyper('mom', 0.7)
+        return own_keys(opt)
+    assert go(ours) == go(fai)
+    assert go(ours)[-1]['lr'] == 0.1 and go(ours)[-1]['weight_decay'] == 0.5
+
+@pytest.mark.parametrize('case', RAGGED)
+def test_param_groups_come_back_unchanged(case):
+    make, change = RAGGED[case]
+    opt = make()
+    wrap = ours.OptimWrapper(opt=opt)
+    change(opt)
+    before = own_keys(opt)
+    wrap.param_groups = wrap.param_groups
+    assert own_keys(opt) == before
+
+def test_names_that_only_some_groups_have(fai):
+    for lib in (ours, fai):                   # known from the first group: set in all
+        opt = sgd_with_a_name()
+        lib.OptimWrapper(opt=opt).set_hyper('name', ['a', 'b'])
+        assert [g['name'] for g in opt.param_groups] == ['a', 'b']
+    opt = two(torch.optim.SGD)
+    wrap = ours.OptimWrapper(opt=opt)
+    lr_scheduler.StepLR(opt, 1)
+    wrap.set_hyper('initial_lr', [1., 2.])    # shown in hypers, so it can be set
+    assert [g['initial_lr'] for g in opt.param_groups] == [1., 2.]
+
+class TwoKinds(torch.optim.Optimizer):
+    "Groups of two kinds: `momentum` in the first, `betas` in the second"
+    def __init__(self):
+        super().__init__([dict(params=[leaf()], momentum=0.9, weight_decay=0.1),
+                          dict(params=[leaf()], betas=(0.8, 0.99))], dict(lr=0.1))
+
+def test_one_name_two_kinds_of_groups():
+    opt = TwoKinds()
+    wrap = ours.OptimWrapper(opt=opt)
+    assert [h['mom'] for h in wrap.hypers] == [0.9, 0.8]
+    assert wrap.hypers[1]['sqr_mom'] == 0.99
+    wrap.set_hypers(mom=[0.5, 0.6])
+    assert opt.param_groups[0]['momentum'] == 0.5
+    assert opt.param_groups[1]['betas'] == (0.6, 0.99)
+    assert 'momentum' not in opt.param_groups[1]
+    before = own_keys(opt)                  # the first group has no tuple for `sqr_mom`
+    unchanged(wrap, lambda o: o.set_hypers(lr=9., sqr_mom=0.5), KeyError,
+              'TwoKinds has no hyperparameter .sqr_mom.')
+    assert own_keys(opt) == before
+
+def test_assigned_groups_are_checked_first():
+    opt = two(torch.optim.SGD)
+    wrap, before = ours.OptimWrapper(opt=opt), own_keys(opt)
+    groups = wrap.param_groups
+    groups[0]['lr'], groups[1]['nope'] = 9., 1
+    unchanged(wrap, lambda o: setattr(o, 'param_groups', groups), KeyError, 'nope')
+    assert own_keys(opt) == before
+
+def test_names_with_underscores():
+    assert ours.set_item_pg({'my__key': 1}, 'my__key', 2) == {'my__key': 2}
+    assert ours.set_item_pg({}, 'my__key', 2) == {'my__key': 2}
+
+LINEAR = dict(
+    flat=lambda m: m.parameters(), single=lambda m: m.weight,
+    named=lambda m: m.named_parameters(),
+    named_groups=lambda m: [[('w', m.weight)], [('b', m.bias)]],
+    one_dict=lambda m: {'params': m.parameters()},
+    groups=lambda m: [[m.weight], [m.bias]],
+    empty_group=lambda m: [[], [m.weight, m.bias]],
+    lists_and_dicts=lambda m: [[m.weight], {'params': [m.bias], 'lr': 3.}],
+    dicts=lambda m: ({'params': [p], 'lr': 3.} for p in m.parameters()))
+
+@pytest.mark.parametrize('form', LINEAR)
+def test_forms_of_params_for_a_torch_class(fai, form):
+    def go(lib):
+        torch.manual_seed(0)
+        model = nn.Linear(2, 3, dtype=torch.float64)
+        params = LINEAR[form](model)
+        opt = lib.OptimWrapper(params, torch.optim.SGD, lr=0.1, momentum=0.9)
+        model(torch.ones(1, 2, dtype=torch.float64)).square().sum().backward()
+        opt.step()
+        values = [p.tolist() for p in model.parameters()]
+        return values, [len(g) for g in opt.param_lists], own_keys(opt.opt)
+    assert go(ours) == go(fai)
+    after = go(ours)[0][0]
+    torch.manual_seed(0)
+    assert after != nn.Linear(2, 3, dtype=torch.float64).weight.tolist()
+
+def test_nothing_to_wrap():
+    with pytest.raises(ValueError, match='optimizer got an empty parameter list'):
+        ours.OptimWrapper([], torch.optim.SGD, lr=0.1)
+    for bad in ([None], ['w'], [[leaf()], None]):
+        with pytest.raises(TypeError, match='params must hold tensors'):
+            ours.OptimWrapper(bad, torch.optim.SGD, lr=0.1)
+    with pytest.raises(TypeError, match='can only optimize Tensors'):
+        ours.OptimWrapper([1, 2], torch.optim.SGD, lr=0.1)
+
 # ---- inside fastai
 
 @pytest.mark.filterwarnings('ignore')
@@ -504,3 +762,31 @@ def test_fastais_learner_cannot_tell(fai):
         return [p.detach() for p in net.parameters()]
     assert max_diff(go(ours), go(fai)) == 0.
     assert max_diff(go(ours), go(ours, decouple_wd=False)) > 1e-4
+
+@pytest.mark.filterwarnings('ignore')
+def test_the_learner_drives_a_wrapped_optimizer(fai):
+    "fit_one_cycle sets `lr` and `mom` of a torch optimizer whose groups differ in keys"
+    basics = importlib.import_module('fastai.basics')
+    importlib.import_module('fastai.callback.all')
+    gen = torch.Generator().manual_seed(0)
+    x, y = torch.randn(64, 4, generator=gen), torch.randn(64, 1, generator=gen)
+    def go(lib, **kw):
+        torch.manual_seed(0)
+        dl = basics.DataLoader(torch.utils.data.TensorDataset(x, y), bs=16)
+        net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        def make(groups, lr):
+            named = [{'params': list(g), 'name': str(i)} for i, g in enumerate(groups)]
+            del named[1]['name']
+            return lib.OptimWrapper(named, torch.optim.AdamW, lr=lr, **kw)
+        learn = basics.Learner(
+            basics.DataLoaders(dl, dl, device='cpu'), net, loss_func=nn.MSELoss(),
+            opt_func=make, splitter=lambda m: [list(m[i].parameters()) for i in (0, 2)])
+        with learn.no_bar(), learn.no_logging():
+            learn.fit_one_cycle(2, slice(1e-3, 0.1))
+            learn.freeze()
+            learn.fit_one_cycle(2, slice(1e-3, 0.1))
+        hypers = [dict(h) for h in learn.opt.hypers]
+        return [p.detach() for p in net.parameters()], hypers
+    (a, hypers), (b, ref) = go(ours), go(fai)
+    assert max_diff(a, b) == 0. and hypers == ref and hypers[0]['name'] == '0'
+    assert max_diff(a, go(ours, weight_decay=0.5)[0]) > 1e-4
