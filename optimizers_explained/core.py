@@ -72,6 +72,7 @@ Betas = Sequence[float | Tensor]      # factors of averages, such as (0.9, 0.999
 class StepOptimizer(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` that is a list of steps, each a function
     `step(p, g, state, *, hyperparameters)` that returns a new update or `None`."""
+    @untraced
     def __init__(self,
         params: ParamsT, # parameters, named parameters, or groups of them
         steps: Iterable[Callable[..., Tensor | None]], # in the order they run
@@ -90,7 +91,8 @@ class StepOptimizer(torch.optim.Optimizer):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if '__init__' in vars(cls): cls.__init__ = explained(cls.__name__, cls.__init__)
+        if '__init__' in vars(cls):
+            cls.__init__ = untraced(explained(cls.__name__, cls.__init__))
 
     @untraced
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -110,8 +112,12 @@ class StepOptimizer(torch.optim.Optimizer):
             with torch.enable_grad(): loss = closure()
         ready = [(g, check_dense(g)) for g in self.param_groups]
         if self.watches_lr0: self.watches_lr0 = not warn_above_lr0(self.param_groups)
+        self.before_steps()
         for group, (params, grads) in ready: self.run(group, params, grads)
         return loss
+
+    def before_steps(self):
+        "Here nothing; a subclass that looks at the whole model does it here."
 
     def run(self, group, params, grads):
         "Run the steps with the hyperparameters of `group` on `params`: one by one, list by list, or in a kernel."
