@@ -22,9 +22,9 @@ __all__ = ['adam', 'Adam', 'AdamW', 'DecoupledAdamW']
 # %% ../nbs/11_adam.ipynb #2d9cc2a4
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 from .checks import given
-from .core import Betas, StepOptimizer, decay, decay_rel, flip, l2, sgd
+from .core import Betas, Params, StepOptimizer
+from .core import decay, decay_rel, flip, l2, sgd
 
 # %% ../nbs/11_adam.ipynb #87644b90
 def adam(p, g, state, *, betas=(0.9, 0.999), eps=1e-8, amsgrad=False):
@@ -42,7 +42,7 @@ class Adam(StepOptimizer):
     """Adam with L2 regularization (Kingma and Ba, 2015),
     equal to `torch.optim.Adam` up to rounding."""
     def __init__(self,
-        params: ParamsT, # parameters, or groups of them
+        params: Params, # parameters, or groups of them
         lr: float | Tensor = 1e-3, # learning rate, >= 0: about how far a weight moves
         betas: Betas = (0.9, 0.999), # factors on averages of `g` and `g**2`, in [0, 1)
         eps: float = 1e-8, # added to the root, >= 0
@@ -63,7 +63,7 @@ class AdamW(StepOptimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019)
     by `lr*weight_decay`, equal to `torch.optim.AdamW` up to rounding."""
     def __init__(self,
-        params: ParamsT, # parameters, or groups of them
+        params: Params, # parameters, or groups of them
         lr: float | Tensor = 1e-3, # learning rate, >= 0: about how far a weight moves
         betas: Betas = (0.9, 0.999), # factors on averages of `g` and `g**2`, in [0, 1)
         eps: float = 1e-8, # added to the root, >= 0
@@ -83,7 +83,7 @@ class AdamW(StepOptimizer):
 class DecoupledAdamW(StepOptimizer):
     "Adam with weight decay by `weight_decay * lr/lr0`, as `composer.DecoupledAdamW`."
     def __init__(self,
-        params: ParamsT, # parameters, or groups of them
+        params: Params, # parameters, or groups of them
         lr: float | Tensor = 1e-3, # learning rate, >= 0; the first is `lr0`
         betas: Betas = (0.9, 0.95), # factors on averages of `g` and `g**2`, in [0, 1)
         eps: float = 1e-8, # added to the root, >= 0

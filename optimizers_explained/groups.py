@@ -27,12 +27,11 @@ from itertools import accumulate
 
 from torch import Tensor
 from torch.nn.utils import get_total_norm
-from torch.optim.optimizer import ParamsT
 from . import core, optim
 from .adam import adam
 from .basic import check_nonnegative
 from .composer import check_nesterov
-from .core import Betas, StepOptimizer, l2, sgd
+from .core import Betas, Params, StepOptimizer, l2, sgd
 from .trust import lars, trust
 
 # %% ../nbs/06_param_groups.ipynb #115bc2e6
@@ -83,14 +82,17 @@ def trust_if_decayed(p, g, state, *, weight_decay=0.):
     "LAMB's ratio for a group with weight decay; a group without one keeps its update."
     if weight_decay: return trust(p, g, state)
 
-def shorten(p, g, state, *, max_grad_norm=1., grad_norm=0.):
+def shorten(p, g, state, *,
+    max_grad_norm=1., # longest gradient of the whole model; None: any
+    grad_norm=0., # how long it is, measured before the steps
+):
     "The gradient, divided by `grad_norm/max_grad_norm` where that is above 1."
     if max_grad_norm and grad_norm > max_grad_norm: return g/(grad_norm/max_grad_norm)
 
 class TimmLars(StepOptimizer):
     "timm's `Lars`: LARS for groups with weight decay, SGD for the others."
     def __init__(self,
-        params: ParamsT, # parameters, or groups of them
+        params: Params, # parameters, or groups of them
         lr: float | Tensor = 1., # a layer moves `lr*trust_coeff` of its size, >= 0
         momentum: float = 0, # factor on the buffer, >= 0; 0 keeps no buffer
         dampening: float = 0, # the buffer takes in `(1-dampening)*u` after step 1
@@ -114,7 +116,7 @@ class TimmLamb(StepOptimizer):
     """timm's `Lamb`: the gradient of the whole model is shortened first; LAMB for groups
     with weight decay, Adam for the others. Each parameter counts its own steps."""
     def __init__(self,
-        params: ParamsT, # parameters, or groups of them
+        params: Params, # parameters, or groups of them
         lr: float | Tensor = 1e-3, # a layer moves by this share of its size, >= 0
         betas: Betas = (0.9, 0.999), # factors on averages of `g` and `g**2`, in [0, 1)
         eps: float = 1e-6, # added to the root, >= 0

@@ -19,12 +19,11 @@ __all__ = ['SGD', 'SGDW', 'DecoupledSGDW', 'Lion', 'Adam', 'AdamW', 'DecoupledAd
 
 # %% ../nbs/12_optim.ipynb #e4d8f394
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 from . import core
 from .adam import Adam, AdamW, DecoupledAdamW
 from .checks import given
 from .composer import check_nesterov
-from .core import Betas, StepOptimizer
+from .core import Betas, Params, StepOptimizer
 from .core import decay, decay_rel, flip, l2, lion, sgd
 from .trust import LAMB, LARS
 
@@ -34,7 +33,7 @@ _all_ = ['Adam', 'AdamW', 'DecoupledAdamW', 'LARS', 'LAMB']
 class SGD(StepOptimizer):
     "SGD with L2 regularization, equal to `torch.optim.SGD`."
     def __init__(self,
-        params: ParamsT, # parameters, or groups of them
+        params: Params, # parameters, or groups of them
         lr: float | Tensor = 1e-3, # learning rate, >= 0
         momentum: float = 0, # factor on the buffer, >= 0; 0 keeps no buffer
         dampening: float = 0, # the buffer takes in `(1-dampening)*g` after step 1
@@ -57,7 +56,7 @@ class SGDW(StepOptimizer):
     """SGD with decoupled weight decay (Loshchilov and Hutter, 2019)
     by `lr*weight_decay`, equal to timm's `SGDW` and fastai's `SGD`."""
     def __init__(self,
-        params: ParamsT, # parameters, or groups of them
+        params: Params, # parameters, or groups of them
         lr: float | Tensor = 1e-3, # learning rate, >= 0
         momentum: float = 0., # factor on the buffer, >= 0; 0 keeps no buffer
         dampening: float = 0., # the buffer takes in `(1-dampening)*g` after step 1
@@ -79,7 +78,7 @@ class SGDW(StepOptimizer):
 class DecoupledSGDW(StepOptimizer):
     "SGD with weight decay by `weight_decay * lr/lr0`, as `composer.DecoupledSGDW`."
     def __init__(self,
-        params: ParamsT, # parameters, or groups of them
+        params: Params, # parameters, or groups of them
         lr: float | Tensor, # learning rate, >= 0; required, and the first is `lr0`
         momentum: float = 0, # factor on the buffer, >= 0; 0 keeps no buffer
         dampening: float = 0, # the buffer takes in `(1-dampening)*g` after step 1
@@ -101,7 +100,7 @@ class DecoupledSGDW(StepOptimizer):
 class Lion(StepOptimizer):
     "Lion (Chen et al., 2023), equal to timm's `Lion`."
     def __init__(self,
-        params: ParamsT, # parameters, or groups of them
+        params: Params, # parameters, or groups of them
         lr: float | Tensor = 1e-4, # learning rate: how far each weight moves, >= 0
         betas: Betas = (0.9, 0.99), # for the mixture and for the average, in [0, 1)
         weight_decay: float = 0., # a step takes this times `lr` off a weight, >= 0

@@ -23,11 +23,10 @@ __all__ = ['lars', 'LARS', 'trust', 'LAMB']
 # %% ../nbs/15_trust.ipynb #a27601a3
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 from . import core
 from .adam import adam
 from .composer import check_nesterov
-from .core import Betas, StepOptimizer, flip, l2, sgd
+from .core import Betas, Params, StepOptimizer, flip, l2, sgd
 
 # %% ../nbs/15_trust.ipynb #29d935b7
 def _trusted(w, u, ratio): return torch.where((w > 0) & (u > 0), ratio, 1.)        # 1 where one of the norms is 0
@@ -42,7 +41,7 @@ class LARS(StepOptimizer):
     """SGD with a rate for each tensor (You, Gitman and Ginsburg, 2017),
     equal to timm's `Lars` with `always_adapt=True`."""
     def __init__(self,
-        params: ParamsT, # parameters, or groups of them
+        params: Params, # parameters, or groups of them
         lr: float | Tensor, # >= 0, required: a layer moves `lr*trust_coeff` of its size
         momentum: float = 0, # factor on the buffer, >= 0; 0 keeps no buffer
         dampening: float = 0, # the buffer takes in `(1-dampening)*u` after step 1
@@ -73,7 +72,7 @@ class LAMB(StepOptimizer):
     """Adam with a rate for each tensor (You et al., 2020),
     equal to timm's `Lamb` with `max_grad_norm=None, always_adapt=True`."""
     def __init__(self,
-        params: ParamsT, # parameters, or groups of them
+        params: Params, # parameters, or groups of them
         lr: float | Tensor = 1e-3, # a layer moves by this share of its size, >= 0
         betas: Betas = (0.9, 0.999), # factors on averages of `g` and `g**2`, in [0, 1)
         eps: float = 1e-6, # added to the root, >= 0
