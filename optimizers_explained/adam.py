@@ -21,7 +21,10 @@ __all__ = ['adam', 'Adam', 'AdamW', 'DecoupledAdamW']
 
 # %% ../nbs/11_adam.ipynb #2d9cc2a4
 import torch
-from .core import StepOptimizer, decay, decay_rel, flip, l2, sgd
+from torch import Tensor
+from .checks import given
+from .core import Betas, Params, StepOptimizer
+from .core import decay, decay_rel, flip, l2, sgd
 
 # %% ../nbs/11_adam.ipynb #87644b90
 def adam(p, g, state, *, betas=(0.9, 0.999), eps=1e-8, amsgrad=False):
@@ -35,44 +38,63 @@ def adam(p, g, state, *, betas=(0.9, 0.999), eps=1e-8, amsgrad=False):
     return v.sqrt().mul_(c/(1 - betas[1]**t)**0.5).add_(eps*c).reciprocal_().mul_(m)
 
 # %% ../nbs/11_adam.ipynb #6fb4a329
-def Adam(
-    params, # parameters, or groups of them
-    lr=1e-3, # learning rate: about how far a weight moves in a step, >= 0
-    betas=(0.9, 0.999), # factors on the averages of `g` and of `g**2`, each in [0, 1)
-    eps=1e-8, # added to the root, >= 0
-    weight_decay=0, # L2 factor, >= 0: `weight_decay*p` is added to the gradient
-    amsgrad=False, # divide by the largest average of `g**2` so far
-    *,
-    maximize=False, # climb instead of descending
-    **options # for `StepOptimizer`: `foreach`, `fused`, `debug`
-) -> StepOptimizer:
-    "Adam with L2 regularization (Kingma and Ba, 2015), equal to `torch.optim.Adam` up to rounding."
-    return StepOptimizer(params, [flip, l2, adam, sgd], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize, **options)
+class Adam(StepOptimizer):
+    """Adam with L2 regularization (Kingma and Ba, 2015),
+    equal to `torch.optim.Adam` up to rounding."""
+    def __init__(self,
+        params: Params, # parameters, or groups of them
+        lr: float | Tensor = 1e-3, # learning rate, >= 0: about how far a weight moves
+        betas: Betas = (0.9, 0.999), # factors on averages of `g` and `g**2`, in [0, 1)
+        eps: float = 1e-8, # added to the root, >= 0
+        weight_decay: float = 0, # L2, >= 0: adds `weight_decay*p` to the gradient
+        amsgrad: bool = False, # divide by the largest average of `g**2` so far
+        *,
+        maximize: bool = False, # climb instead of descending
+        foreach: bool | None = None, # on lists of parameters; None: on CUDA only
+        fused: bool | None = None, # in one kernel, made from the steps
+        debug: bool = False, # report a step that changes a gradient in place
+    ):
+        super().__init__(params, [flip, l2, adam, sgd], lr=lr, betas=betas, eps=eps,
+                         weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
+                         foreach=foreach, fused=fused, debug=debug)
 
 # %% ../nbs/11_adam.ipynb #5e923f41
-def AdamW(
-    params, # parameters, or groups of them
-    lr=1e-3, # learning rate: about how far a weight moves in a step, >= 0
-    betas=(0.9, 0.999), # factors on the averages of `g` and of `g**2`, each in [0, 1)
-    eps=1e-8, # added to the root, >= 0
-    weight_decay=1e-2, # each step takes `lr*weight_decay` off every weight, >= 0
-    amsgrad=False, # divide by the largest average of `g**2` so far
-    *,
-    maximize=False, # climb instead of descending
-    **options # for `StepOptimizer`: `foreach`, `fused`, `debug`
-) -> StepOptimizer:
-    "Adam with decoupled weight decay (Loshchilov and Hutter, 2019) by `lr*weight_decay`, equal to `torch.optim.AdamW` up to rounding."
-    return StepOptimizer(params, [flip, decay, adam, sgd], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize, **options)
+class AdamW(StepOptimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019)
+    by `lr*weight_decay`, equal to `torch.optim.AdamW` up to rounding."""
+    def __init__(self,
+        params: Params, # parameters, or groups of them
+        lr: float | Tensor = 1e-3, # learning rate, >= 0: about how far a weight moves
+        betas: Betas = (0.9, 0.999), # factors on averages of `g` and `g**2`, in [0, 1)
+        eps: float = 1e-8, # added to the root, >= 0
+        weight_decay: float = 1e-2, # a step takes this times `lr` off a weight, >= 0
+        amsgrad: bool = False, # divide by the largest average of `g**2` so far
+        *,
+        maximize: bool = False, # climb instead of descending
+        foreach: bool | None = None, # on lists of parameters; None: on CUDA only
+        fused: bool | None = None, # in one kernel, made from the steps
+        debug: bool = False, # report a step that changes a gradient in place
+    ):
+        super().__init__(params, [flip, decay, adam, sgd], lr=lr, betas=betas, eps=eps,
+                         weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
+                         foreach=foreach, fused=fused, debug=debug)
 
 # %% ../nbs/11_adam.ipynb #d00af839
-def DecoupledAdamW(
-    params, # parameters, or groups of them
-    lr=1e-3, # learning rate, >= 0, and the rate that the decay is relative to
-    betas=(0.9, 0.95), # factors on the averages of `g` and of `g**2`, each in [0, 1)
-    eps=1e-8, # added to the root, >= 0
-    weight_decay=1e-5, # share of a weight lost per step at the first `lr`, >= 0
-    amsgrad=False, # divide by the largest average of `g**2` so far
-    **options # for `StepOptimizer`: `foreach`, `fused`, `debug`
-) -> StepOptimizer:
-    "Adam with weight decay by `weight_decay * lr/lr0`, equal to `composer.DecoupledAdamW`."
-    return StepOptimizer(params, [decay_rel, adam, sgd], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, **options)
+class DecoupledAdamW(StepOptimizer):
+    "Adam with weight decay by `weight_decay * lr/lr0`, as `composer.DecoupledAdamW`."
+    def __init__(self,
+        params: Params, # parameters, or groups of them
+        lr: float | Tensor = 1e-3, # learning rate, >= 0; the first is `lr0`
+        betas: Betas = (0.9, 0.95), # factors on averages of `g` and `g**2`, in [0, 1)
+        eps: float = 1e-8, # added to the root, >= 0
+        weight_decay: float = 1e-5, # share of a weight lost per step at `lr0`, >= 0
+        amsgrad: bool = False, # divide by the largest average of `g**2` so far
+        *,
+        lr0: float | None = None, # another rate for the decay, such as its peak
+        foreach: bool | None = None, # on lists of parameters; None: on CUDA only
+        fused: bool | None = None, # in one kernel, made from the steps
+        debug: bool = False, # report a step that changes a gradient in place
+    ):
+        super().__init__(params, [decay_rel, adam, sgd], lr=lr, betas=betas, eps=eps,
+                         weight_decay=weight_decay, amsgrad=amsgrad, foreach=foreach,
+                         fused=fused, debug=debug, **given(lr0=lr0))

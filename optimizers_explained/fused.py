@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from .build import CppKernel, TritonKernel
-from .checks import Snapshot, name_of, warn_user
+from .checks import Snapshot, name_of, warn_reader
 from .layout import PLAIN, Layout, Spans, span
 from .multi_tensor import KEPT, PIECE, Batch, Plan, in_lists
 from .operations import Unfusable
@@ -124,7 +124,7 @@ class Memo:
         "Say once why the steps are not run as was asked for."
         if not reason or reason in self.told: return
         self.told.add(reason)
-        warn_user(f'{instead}: {reason}')
+        warn_reader(f'{instead}: {reason}')
 
 def _same(xs, ys): return len(xs) == len(ys) and all(map(operator.is_, xs, ys))
 

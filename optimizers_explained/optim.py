@@ -1,7 +1,7 @@
 """`from optimizers_explained import optim`: torch's names, argument names, order and defaults.
 
-The optimizers of this library under the names you already type. Each is a list of steps from `core` and a signature; where torch has the optimizer, the signature is torch's, so that `torch.optim.SGD(...)` becomes
-`optim.SGD(...)` and nothing else changes, unless you passed `fused`, `capturable`, `differentiable` or a tensor as `lr`. What comes back is a `StepOptimizer`, a real `torch.optim.Optimizer`.
+The optimizers of this library under the names you already type. Each is a class: a signature, and a list of steps from `core`. Where torch has the optimizer, the signature is torch's, so that `torch.optim.SGD(...)` becomes
+`optim.SGD(...)` and nothing else changes, unless you passed `capturable` or `differentiable`. What you get is an `optim.SGD`, a `StepOptimizer`, and a real `torch.optim.Optimizer`.
 
 ```python
 from optimizers_explained import optim
@@ -18,72 +18,98 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/optim.html.md"
 __all__ = ['SGD', 'SGDW', 'DecoupledSGDW', 'Lion', 'Adam', 'AdamW', 'DecoupledAdamW', 'LARS', 'LAMB']
 
 # %% ../nbs/12_optim.ipynb #e4d8f394
+from torch import Tensor
 from . import core
 from .adam import Adam, AdamW, DecoupledAdamW
+from .checks import given
 from .composer import check_nesterov
-from .core import StepOptimizer, decay, decay_rel, flip, l2, lion, sgd
+from .core import Betas, Params, StepOptimizer
+from .core import decay, decay_rel, flip, l2, lion, sgd
 from .trust import LAMB, LARS
 
 _all_ = ['Adam', 'AdamW', 'DecoupledAdamW', 'LARS', 'LAMB']
 
 # %% ../nbs/12_optim.ipynb #245bb07e
-def SGD(
-    params, # parameters, or groups of them
-    lr=1e-3, # learning rate, >= 0
-    momentum=0, # factor on the buffer, >= 0; 0 keeps no buffer
-    dampening=0, # the buffer takes in `(1-dampening)*g` from the second step on
-    weight_decay=0, # L2 factor, >= 0: `weight_decay*p` is added to the gradient
-    nesterov=False, # step along `g + momentum*buffer`; a `ValueError` unless momentum > 0 and dampening is 0
-    *,
-    maximize=False, # climb instead of descending
-    **options # for `StepOptimizer`: `foreach`, `fused`, `debug`
-) -> StepOptimizer:
+class SGD(StepOptimizer):
     "SGD with L2 regularization, equal to `torch.optim.SGD`."
-    check_nesterov(nesterov, momentum, dampening)
-    return StepOptimizer(params, [flip, l2, core.momentum, sgd], lr=lr, momentum=momentum, dampening=dampening,
-                         weight_decay=weight_decay, nesterov=nesterov, maximize=maximize, **options)
+    def __init__(self,
+        params: Params, # parameters, or groups of them
+        lr: float | Tensor = 1e-3, # learning rate, >= 0
+        momentum: float = 0, # factor on the buffer, >= 0; 0 keeps no buffer
+        dampening: float = 0, # the buffer takes in `(1-dampening)*g` after step 1
+        weight_decay: float = 0, # L2, >= 0: adds `weight_decay*p` to the gradient
+        nesterov: bool = False, # along `g + momentum*buffer`; needs dampening 0
+        *,
+        maximize: bool = False, # climb instead of descending
+        foreach: bool | None = None, # on lists of parameters; None: on CUDA only
+        fused: bool | None = None, # in one kernel, made from the steps
+        debug: bool = False, # report a step that changes a gradient in place
+    ):
+        check_nesterov(nesterov, momentum, dampening)
+        super().__init__(params, [flip, l2, core.momentum, sgd], lr=lr,
+                         momentum=momentum, dampening=dampening,
+                         weight_decay=weight_decay, nesterov=nesterov,
+                         maximize=maximize, foreach=foreach, fused=fused, debug=debug)
 
 # %% ../nbs/12_optim.ipynb #c1f3f651
-def SGDW(
-    params, # parameters, or groups of them
-    lr=1e-3, # learning rate, >= 0
-    momentum=0., # factor on the buffer, >= 0; 0 keeps no buffer
-    dampening=0., # the buffer takes in `(1-dampening)*g` from the second step on
-    weight_decay=0., # each step takes `lr*weight_decay` off every weight, >= 0
-    nesterov=False, # step along `g + momentum*buffer`; a `ValueError` unless momentum > 0 and dampening is 0
-    *,
-    maximize=False, # climb instead of descending
-    **options # for `StepOptimizer`: `foreach`, `fused`, `debug`
-) -> StepOptimizer:
-    "SGD with decoupled weight decay by `lr*weight_decay` (Loshchilov and Hutter, 2019), equal to timm's `SGDW` and fastai's `SGD`."
-    check_nesterov(nesterov, momentum, dampening)
-    return StepOptimizer(params, [flip, decay, core.momentum, sgd], lr=lr, momentum=momentum, dampening=dampening,
-                         weight_decay=weight_decay, nesterov=nesterov, maximize=maximize, **options)
+class SGDW(StepOptimizer):
+    """SGD with decoupled weight decay (Loshchilov and Hutter, 2019)
+    by `lr*weight_decay`, equal to timm's `SGDW` and fastai's `SGD`."""
+    def __init__(self,
+        params: Params, # parameters, or groups of them
+        lr: float | Tensor = 1e-3, # learning rate, >= 0
+        momentum: float = 0., # factor on the buffer, >= 0; 0 keeps no buffer
+        dampening: float = 0., # the buffer takes in `(1-dampening)*g` after step 1
+        weight_decay: float = 0., # a step takes this times `lr` off a weight, >= 0
+        nesterov: bool = False, # along `g + momentum*buffer`; needs dampening 0
+        *,
+        maximize: bool = False, # climb instead of descending
+        foreach: bool | None = None, # on lists of parameters; None: on CUDA only
+        fused: bool | None = None, # in one kernel, made from the steps
+        debug: bool = False, # report a step that changes a gradient in place
+    ):
+        check_nesterov(nesterov, momentum, dampening)
+        super().__init__(params, [flip, decay, core.momentum, sgd], lr=lr,
+                         momentum=momentum, dampening=dampening,
+                         weight_decay=weight_decay, nesterov=nesterov,
+                         maximize=maximize, foreach=foreach, fused=fused, debug=debug)
 
 # %% ../nbs/12_optim.ipynb #b07e9538
-def DecoupledSGDW(
-    params, # parameters, or groups of them
-    lr, # learning rate, >= 0; required, and the rate that the decay is relative to
-    momentum=0, # factor on the buffer, >= 0; 0 keeps no buffer
-    dampening=0, # the buffer takes in `(1-dampening)*g` from the second step on
-    weight_decay=0, # share of a weight lost per step at the first `lr`, >= 0
-    nesterov=False, # step along `g + momentum*buffer`; a `ValueError` unless momentum > 0 and dampening is 0
-    **options # for `StepOptimizer`: `foreach`, `fused`, `debug`
-) -> StepOptimizer:
-    "SGD with weight decay by `weight_decay * lr/lr0`, equal to `composer.DecoupledSGDW`."
-    check_nesterov(nesterov, momentum, dampening)
-    return StepOptimizer(params, [decay_rel, core.momentum, sgd], lr=lr, momentum=momentum, dampening=dampening,
-                         weight_decay=weight_decay, nesterov=nesterov, **options)
+class DecoupledSGDW(StepOptimizer):
+    "SGD with weight decay by `weight_decay * lr/lr0`, as `composer.DecoupledSGDW`."
+    def __init__(self,
+        params: Params, # parameters, or groups of them
+        lr: float | Tensor, # learning rate, >= 0; required, and the first is `lr0`
+        momentum: float = 0, # factor on the buffer, >= 0; 0 keeps no buffer
+        dampening: float = 0, # the buffer takes in `(1-dampening)*g` after step 1
+        weight_decay: float = 0, # share of a weight lost per step at `lr0`, >= 0
+        nesterov: bool = False, # along `g + momentum*buffer`; needs dampening 0
+        *,
+        lr0: float | None = None, # another rate for the decay, such as its peak
+        foreach: bool | None = None, # on lists of parameters; None: on CUDA only
+        fused: bool | None = None, # in one kernel, made from the steps
+        debug: bool = False, # report a step that changes a gradient in place
+    ):
+        check_nesterov(nesterov, momentum, dampening)
+        super().__init__(params, [decay_rel, core.momentum, sgd], lr=lr,
+                         momentum=momentum, dampening=dampening,
+                         weight_decay=weight_decay, nesterov=nesterov, foreach=foreach,
+                         fused=fused, debug=debug, **given(lr0=lr0))
 
 # %% ../nbs/12_optim.ipynb #5ab3c9a4
-def Lion(
-    params, # parameters, or groups of them
-    lr=1e-4, # learning rate: how far each weight moves in a step, >= 0
-    betas=(0.9, 0.99), # factors for the mixture whose sign is taken, and for the average that is kept, each in [0, 1)
-    weight_decay=0., # each step takes `lr*weight_decay` off every weight, >= 0
-    *,
-    maximize=False, # climb instead of descending
-    **options # for `StepOptimizer`: `foreach`, `fused`, `debug`
-) -> StepOptimizer:
+class Lion(StepOptimizer):
     "Lion (Chen et al., 2023), equal to timm's `Lion`."
-    return StepOptimizer(params, [flip, decay, lion, sgd], lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize, **options)
+    def __init__(self,
+        params: Params, # parameters, or groups of them
+        lr: float | Tensor = 1e-4, # learning rate: how far each weight moves, >= 0
+        betas: Betas = (0.9, 0.99), # for the mixture and for the average, in [0, 1)
+        weight_decay: float = 0., # a step takes this times `lr` off a weight, >= 0
+        *,
+        maximize: bool = False, # climb instead of descending
+        foreach: bool | None = None, # on lists of parameters; None: on CUDA only
+        fused: bool | None = None, # in one kernel, made from the steps
+        debug: bool = False, # report a step that changes a gradient in place
+    ):
+        super().__init__(params, [flip, decay, lion, sgd], lr=lr, betas=betas,
+                         weight_decay=weight_decay, maximize=maximize, foreach=foreach,
+                         fused=fused, debug=debug)

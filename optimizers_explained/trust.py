@@ -22,10 +22,11 @@ __all__ = ['lars', 'LARS', 'trust', 'LAMB']
 
 # %% ../nbs/15_trust.ipynb #a27601a3
 import torch
+from torch import Tensor
 from . import core
 from .adam import adam
 from .composer import check_nesterov
-from .core import StepOptimizer, flip, l2, sgd
+from .core import Betas, Params, StepOptimizer, flip, l2, sgd
 
 # %% ../nbs/15_trust.ipynb #29d935b7
 def _trusted(w, u, ratio): return torch.where((w > 0) & (u > 0), ratio, 1.)        # 1 where one of the norms is 0
@@ -36,23 +37,30 @@ def lars(p, g, state, *, weight_decay=0., trust_coeff=1e-3, eps=1e-8):
     return g.add(p, alpha=weight_decay)*_trusted(w, n, trust_coeff*w/(n + weight_decay*w + eps))
 
 # %% ../nbs/15_trust.ipynb #fc766468
-def LARS(
-    params, # parameters, or groups of them
-    lr, # learning rate, >= 0; required: `lr*trust_coeff` is the share of its size that a layer moves by, without momentum
-    momentum=0, # factor on the buffer, >= 0; 0 keeps no buffer
-    dampening=0, # the buffer takes in `1-dampening` of the update from the second step on
-    weight_decay=0, # L2 factor, >= 0: `weight_decay*p` is added to the gradient
-    nesterov=False, # step along update and buffer; a `ValueError` unless momentum > 0 and dampening is 0
-    trust_coeff=1e-3, # factor on the ratio of the norms, >= 0
-    eps=1e-8, # added to the norm that is divided by, >= 0
-    *,
-    maximize=False, # climb instead of descending
-    **options # for `StepOptimizer`: `foreach`, `fused`, `debug`
-) -> StepOptimizer:
-    "SGD with a rate for each tensor (You, Gitman and Ginsburg, 2017), equal to timm's `Lars` with `always_adapt=True`."
-    check_nesterov(nesterov, momentum, dampening)
-    return StepOptimizer(params, [flip, lars, core.momentum, sgd], lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
-                         nesterov=nesterov, trust_coeff=trust_coeff, eps=eps, maximize=maximize, **options)
+class LARS(StepOptimizer):
+    """SGD with a rate for each tensor (You, Gitman and Ginsburg, 2017),
+    equal to timm's `Lars` with `always_adapt=True`."""
+    def __init__(self,
+        params: Params, # parameters, or groups of them
+        lr: float | Tensor, # >= 0, required: a layer moves `lr*trust_coeff` of its size
+        momentum: float = 0, # factor on the buffer, >= 0; 0 keeps no buffer
+        dampening: float = 0, # the buffer takes in `(1-dampening)*u` after step 1
+        weight_decay: float = 0, # L2, >= 0: adds `weight_decay*p` to the gradient
+        nesterov: bool = False, # along `u + momentum*buffer`; needs dampening 0
+        trust_coeff: float = 1e-3, # factor on the ratio of the norms, >= 0
+        eps: float = 1e-8, # added to the norm that is divided by, >= 0
+        *,
+        maximize: bool = False, # climb instead of descending
+        foreach: bool | None = None, # on lists of parameters; None: on CUDA only
+        fused: bool | None = None, # in one kernel, made from the steps
+        debug: bool = False, # report a step that changes a gradient in place
+    ):
+        check_nesterov(nesterov, momentum, dampening)
+        super().__init__(params, [flip, lars, core.momentum, sgd], lr=lr,
+                         momentum=momentum, dampening=dampening,
+                         weight_decay=weight_decay, nesterov=nesterov,
+                         trust_coeff=trust_coeff, eps=eps, maximize=maximize,
+                         foreach=foreach, fused=fused, debug=debug)
 
 # %% ../nbs/15_trust.ipynb #7fb36520
 def trust(p, g, state):
@@ -60,16 +68,21 @@ def trust(p, g, state):
     w, u = p.norm(), g.norm()
     return g*_trusted(w, u, w/u)
 
-def LAMB(
-    params, # parameters, or groups of them
-    lr=1e-3, # learning rate: the share of its size that a layer moves by, >= 0
-    betas=(0.9, 0.999), # factors on the averages of `g` and of `g**2`, each in [0, 1)
-    eps=1e-6, # added to the root, >= 0
-    weight_decay=0.01, # `weight_decay*p` is added to the update before it is scaled, >= 0
-    *,
-    maximize=False, # climb instead of descending
-    **options # for `StepOptimizer`: `foreach`, `fused`, `debug`
-) -> StepOptimizer:
-    "Adam with a rate for each tensor (You et al., 2020), equal to timm's `Lamb` with `max_grad_norm=None, always_adapt=True`."
-    return StepOptimizer(params, [flip, adam, l2, trust, sgd], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
-                         maximize=maximize, **options)
+class LAMB(StepOptimizer):
+    """Adam with a rate for each tensor (You et al., 2020),
+    equal to timm's `Lamb` with `max_grad_norm=None, always_adapt=True`."""
+    def __init__(self,
+        params: Params, # parameters, or groups of them
+        lr: float | Tensor = 1e-3, # a layer moves by this share of its size, >= 0
+        betas: Betas = (0.9, 0.999), # factors on averages of `g` and `g**2`, in [0, 1)
+        eps: float = 1e-6, # added to the root, >= 0
+        weight_decay: float = 0.01, # adds `weight_decay*p` to the update, >= 0
+        *,
+        maximize: bool = False, # climb instead of descending
+        foreach: bool | None = None, # on lists of parameters; None: on CUDA only
+        fused: bool | None = None, # in one kernel, made from the steps
+        debug: bool = False, # report a step that changes a gradient in place
+    ):
+        super().__init__(params, [flip, adam, l2, trust, sgd], lr=lr, betas=betas,
+                         eps=eps, weight_decay=weight_decay, maximize=maximize,
+                         foreach=foreach, fused=fused, debug=debug)

@@ -1,12 +1,14 @@
 "`discriminative` against fastai's slices, and our optimizers through timm's own factory."
 import builtins
+import copy
 import logging
 
 import pytest
 import torch
 
 from optimizers_explained import optim
-from optimizers_explained.groups import TIMM_NAMES, discriminative, plot_groups, register_timm, treemap
+from optimizers_explained.groups import (
+    AS_TIMM, TIMM_NAMES, TimmLamb, discriminative, plot_groups, register_timm, treemap)
 from optimizers_explained.problems import convnet, max_diff, mlp
 
 
@@ -113,14 +115,92 @@ def filtered(model, weight_decay):
     return [{'params': small(True), 'weight_decay': 0.}, {'params': small(False), 'weight_decay': weight_decay}]
 
 
-@pytest.mark.parametrize('name', TIMM_NAMES)
+OURS = {name: cls for name, cls in TIMM_NAMES.items() if not name.startswith('oe_')}
+
+
+@pytest.mark.parametrize('name', OURS)
 def test_by_name_equals_by_hand(timm_optim, name):
     make, kw = TIMM_NAMES[name], dict(lr=0.05)
-    if 'sgd' in name: kw['momentum'] = 0.8
+    if 'sgd' in name or 'lars' in name: kw['momentum'] = 0.8
     by_name = run(lambda m: timm_optim.create_optimizer_v2(m, name, weight_decay=0.02, **kw))
     assert max_diff(by_name, run(lambda m: make(filtered(m, 0.02), **kw))) == 0.
-    assert max_diff(by_name, run(lambda m: make(m.parameters(), weight_decay=0.02, **kw))) > 1e-4     # the filter matters
-    assert max_diff(by_name, run(lambda m: make(filtered(m, 0.03), **kw))) > 1e-4                     # and the decay
+    # the filter matters, and the decay
+    least = 1e-8 if 'lars' in name else 1e-4
+    all_decay = run(lambda m: make(m.parameters(), weight_decay=0.02, **kw))
+    assert max_diff(by_name, all_decay) > least
+    assert max_diff(by_name, run(lambda m: make(filtered(m, 0.03), **kw))) > least
+
+
+SPEEDS = dict(loop=dict(foreach=False), foreach=dict(foreach=True), fused=dict(fused=True))
+RECIPES = dict(
+    defaults={}, rate=dict(lr=0.02), decay=dict(lr=0.02, weight_decay=0.05),
+    momentum=dict(lr=0.02, weight_decay=0.05, momentum=0.5),
+    layers=dict(lr=0.02, weight_decay=0.05, layer_decay=0.5))
+
+
+@pytest.mark.filterwarnings('ignore:fused=True, and still')
+@pytest.mark.parametrize('speed', SPEEDS)
+@pytest.mark.parametrize('recipe', RECIPES)
+@pytest.mark.parametrize('name', AS_TIMM)
+def test_oe_names_mean_what_timm_means(timm_optim, name, recipe, speed):
+    "Through the factory, defaults included, under timm's own scheduler."
+    from timm.scheduler import CosineLRScheduler
+    def build(name, **more):
+        def make(model):
+            model.pretrained_cfg = dict(classifier=f'{len(model) - 1}')
+            arguments = {**RECIPES[recipe], **more}
+            return timm_optim.create_optimizer_v2(model, name, **arguments)
+        return run(make, sched=lambda opt: CosineLRScheduler(opt, t_initial=10))
+    want = build(name)
+    assert max_diff(build(f'oe_{name}', **SPEEDS[speed]), want) < 1e-12
+    assert max_diff(build(f'oe_{name}', lr=0.03), want) > 1e-7
+
+
+def built(timm_optim, name, **more):
+    "The parameters after a run with this name."
+    kw = dict(lr=0.02, weight_decay=0.05, **more)
+    return run(lambda model: timm_optim.create_optimizer_v2(model, name, **kw))
+
+
+@pytest.mark.parametrize('name', ['sgd', 'sgdw', 'lars', 'lamb'])
+def test_the_two_kinds_of_names_differ(timm_optim, name):
+    "What the names of `optim` mean is another thing, so the comparison above can fail."
+    assert max_diff(built(timm_optim, f'optim_{name}'), built(timm_optim, name)) > 1e-6
+
+
+def test_timms_lamb_shortens_the_gradient(timm_optim):
+    for limit in (None, 0.5, 1e9):
+        names = 'oe_lamb', 'lamb'
+        ours, theirs = (built(timm_optim, n, max_grad_norm=limit) for n in names)
+        assert max_diff(ours, theirs) < 1e-12
+    runs = [built(timm_optim, 'oe_lamb', max_grad_norm=limit) for limit in (None, 0.5)]
+    assert max_diff(*runs) > 1e-8
+
+
+def test_timms_lamb_with_a_closure_and_a_copy():
+    "The norm is that of the gradients which the closure computed; a copy goes on alike."
+    def norm_of(opt, p):
+        def closure():
+            p.grad = torch.full_like(p, 3.)
+            return p.sum()
+        opt.step(closure)
+        return opt.param_groups[0]['grad_norm']
+    p = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    opt = TimmLamb([p])
+    assert norm_of(opt, p) == 6.
+    other, q = copy.deepcopy((opt, p))
+    norm_of(opt, p), norm_of(other, q)
+    assert torch.equal(p, q)
+
+
+def test_every_class_of_optim_is_registered(timm_optim):
+    "A class that is new in `optim` needs no entry anywhere."
+    assert set(OURS.values()) == {getattr(optim, name) for name in optim.__all__}
+    for name, cls in TIMM_NAMES.items():
+        w = torch.ones(1, requires_grad=True)
+        assert type(timm_optim.create_optimizer_v2([w], name, lr=0.1)) is cls
+        registered = timm_optim.get_optimizer_info(name).opt_class
+        assert issubclass(registered, torch.optim.Optimizer)
 
 
 @pytest.mark.parametrize('name', TIMM_NAMES)
@@ -140,10 +220,14 @@ def test_arguments_reach_the_optimizer(timm_optim):
     ps = lambda: [torch.ones(1, requires_grad=True)]
     build = lambda name, **kw: timm_optim.create_optimizer_v2(ps(), name, **kw).defaults
     assert build('decoupled_sgdw', lr=0.1, momentum=0.7, nesterov=True)['momentum'] == 0.7
-    assert build('decoupled_sgdw', lr=0.1)['momentum'] == 0.9 and not build('oe_sgd')['nesterov']      # timm's default momentum
+    assert build('decoupled_sgdw', lr=0.1)['momentum'] == 0.9                  # timm's default momentum
+    nesterov = {n: build(n)['nesterov'] for n in ('oe_sgd', 'oe_momentum', 'optim_sgd')}
+    assert nesterov == dict(oe_sgd=True, oe_momentum=False, optim_sgd=False)
     assert build('oe_adamw', betas=(0.8, 0.9), eps=1e-5)['betas'] == (0.8, 0.9)
     assert build('OE_Lion', lr=0.5)['lr'] == 0.5
-    with pytest.raises(TypeError, match='lr'): build('decoupled_sgdw')
+    for name in 'decoupled_sgdw', 'optim_lars':
+        words = 'lr is missing: .* has no default for it; pass lr=...'
+        with pytest.raises(TypeError, match=words): build(name)
     assert timm_optim.create_optimizer_v2(ps(), 'oe_sgd', foreach=True).foreach is True
     assert timm_optim.create_optimizer_v2(ps(), 'oe_sgd', fused=True).fused is True
     with pytest.raises(TypeError, match='capturable'): build('oe_sgd', capturable=True)

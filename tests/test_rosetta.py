@@ -138,7 +138,8 @@ def test_the_table_covers_the_named_optimizers():
     assert len(PAIRS) == 380 and {translate(h, a, b).holds for a, b in PAIRS for h in recipes(a)} == {'any schedule', 'constant lr', 'none'}
 
 
-HOW = {'params', 'foreach', 'fused', 'capturable', 'differentiable', 'triton', 'kahan_sum', 'gradient_release', 'options'}
+HOW = {'params', 'foreach', 'fused', 'debug', 'capturable', 'differentiable', 'triton', 'kahan_sum',
+       'gradient_release', 'lr0'}      # lr0: None there, the lr that a group is added with
 
 
 @pytest.mark.parametrize('name', optimizers)
@@ -246,6 +247,7 @@ def test_reasons_are_one_sentence(src, dst, h, part):
 
 # ---- what the context says
 
+@pytest.mark.filterwarnings('ignore:lr=.* is above lr0')
 def test_initial_lr_is_what_composers_decay_is_relative_to():
     "Composer under OneCycleLR, which sets initial_lr to max_lr/25: here with our port's lr0."
     needs('fastai.SGD')
