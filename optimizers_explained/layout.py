@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from .build import library
+from .build import load
 from .operations import Unfusable
 
 # %% ../nbs/10da_layout.ipynb #f809208a
@@ -95,7 +95,7 @@ def looker(): # a `Looker`, or `None`
         version, ask = ctypes.c_uint32.from_address(table).value, ctypes.c_void_p.from_address(table + 40)
         if version != 1 or not ask: return None
         item = ctypes.cast(ctypes.pythonapi.PyList_GetItem, ctypes.c_void_p)
-        return Looker(ask, item, ctypes.PyDLL(str(library(LOOK))).look)
+        return Looker(ask, item, load(LOOK, 'look', ctypes.PyDLL))
     except (AttributeError, ValueError, OSError, Unfusable): return None
 
 def _strides(t): return tuple((s, n) for s, n in zip(t.stride(), t.shape) if n != 1)
