@@ -293,11 +293,14 @@ def given(
 # %% ../nbs/09a_checks.ipynb #593a7391
 def as_list(
     params, # what the caller gave an optimizer: an iterable of tensors, of named tensors or of groups
-) -> list: # the same; an empty group if there is nothing, for `check_params` to refuse
-    "Raise a `TypeError` for anything that is not an ordered iterable."
+) -> list: # the same
+    "Raise a `TypeError` for anything that is not an ordered iterable, a `ValueError` if it is empty."
     if isinstance(params, (Tensor, set, str, dict)) or not hasattr(params, '__iter__'):
         raise TypeError(f"params must be a list (or another ordered iterable) of tensors or groups, got {type(params).__name__}")
-    return list(params) or [dict(params=[])]
+    params = list(params)
+    if not params: raise ValueError("params is empty (optimizer got an empty parameter list): "
+                                    "pass at least one tensor or one group")
+    return params
 
 # %% ../nbs/09a_checks.ipynb #b382d302
 def check_params(
@@ -308,7 +311,6 @@ def check_params(
     "Raise a `ValueError` or `TypeError` that says which parameter of a group cannot be optimized, and why."
     if isinstance(params, set): raise TypeError(f"params of group {index} must have an order: pass a list, got a set")
     params = [params] if isinstance(params, Tensor) else list(params)
-    if not params: raise ValueError(f"params of group {index} is empty: pass at least one tensor")
     seen = {}
     for i, p in enumerate(params):
         p, where = p[1] if isinstance(p, tuple) else p, f"params[{i}] of group {index}"

@@ -29,7 +29,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
-from .checkpoint import prepare
+from .checkpoint import check_form, check_keys, prepare, settle, store
 from .checks import (
     ORDINARY, Ambiguous, Checked, Snapshot, as_list, check_capture, check_dense,
     check_group, check_hypers, check_speed, check_state, check_update, explained, name_of,
@@ -125,6 +125,7 @@ class StepOptimizer(torch.optim.Optimizer):
         "Run the steps with the hyperparameters of `group` on `params`: one by one, list by list, or in a kernel."
         check_capture(params)
         if not params: return
+        settle(self, params)
         numbers = plain_group(group)
         calls = [(f, {k: numbers[k] for k in takes(f)}) for f in self.steps]
         bound = [(f, bind(f, hypers)) for f, hypers in calls]
@@ -158,14 +159,15 @@ class StepOptimizer(torch.optim.Optimizer):
         self.memo.proven = True
 
     def state_dict(self):
-        "torch's dictionary, with the names of the steps and the shapes of the parameters."
-        return {**super().state_dict(), 'steps': [name_of(f) for f in self.steps], 'shapes': [[tuple(p.shape) for p in g['params']] for g in self.param_groups]}
+        "What torch's optimizer of this name would save, with the names of the steps and the shapes."
+        before = self.register_state_dict_pre_hook(check_keys)
+        after = self.register_state_dict_post_hook(store, prepend=True)
+        with before, after: return super().state_dict()
 
     def load_state_dict(self, state_dict):
         "Load a copy of a checkpoint, or raise and change nothing; see `optimizers_explained.checkpoint`."
-        hook = self.register_load_state_dict_pre_hook(prepare)
-        try: super().load_state_dict(state_dict)
-        finally: hook.remove()
+        if not isinstance(state_dict, dict): check_form(state_dict)      # of another form: a hook may know what to do
+        with self.register_load_state_dict_pre_hook(prepare): super().load_state_dict(state_dict)
 
     def __getstate__(self): return {**super().__getstate__(), 'steps': self.steps, 'foreach': self.foreach, 'fused': self.fused}
     def __setstate__(self, state):

@@ -376,7 +376,6 @@ def test_a_step_that_changes_the_gradient():
     (lambda w: optim.SGD(['w']), ['params[0]', 'str']),
     (lambda w: optim.SGD(None), ['params', 'None']),
     (lambda w: optim.SGD([]), ['params', 'empty']),
-    (lambda w: optim.SGD([dict(params=[])]), ['params', 'empty']),
     (lambda w: optim.SGD([w*2]), ['params[0]', 'leaf', 'MulBackward0']),
     (lambda w: optim.SGD([dict(params=[w]), dict(params=[w])]), ['params[0]', 'group 1', 'another group']),
     (lambda w: optim.SGD([w, w]), ['params[1]', 'twice']),
