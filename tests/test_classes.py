@@ -1,5 +1,5 @@
 """Optimizers are classes, and clients treat them so: they ask, extend, copy, inspect
-and compile them, hand them tensors as `lr`, sequences as `betas`, and drive the rates."""
+and compile them, hand them tensors as `lr`, sequences as `betas`, drive the rates."""
 import copy
 import functools
 import inspect
