@@ -162,8 +162,9 @@ def _gathered(results, func):
         fields = [_gathered(column, func) for column in zip(*results)]
         return kind._make(fields) if hasattr(kind, '_make') else kind(fields)
     if all(alike(r, first) for r in results): return first
+    shown = ' '.join(reprlib.repr(first).split())
     raise Ambiguous(f'asks for {_name_of(func)}, which gives a different result for '
-                    f'each tensor of a list ({reprlib.repr(first)}, ...)')
+                    f'each tensor of a list ({shown}, ...)')
 
 def _name_of(func): return getattr(func, '__name__', repr(func)).strip('_')
 
@@ -226,8 +227,11 @@ def together(
 
 def _kinds(args): # a letter for each, as in `FOREACH`, and the arguments for torch
     kinds, plain = '', []
+    count = len(args[0].tensors) if args and type(args[0]) is TensorList else 0
     for a in args:
-        if type(a) is TensorList: kinds, a = f'{kinds}L', a.tensors
+        if type(a) is TensorList:
+            a = a.tensors
+            kinds += 'L' if len(a) == count else '?'
         elif _is_number(a): kinds += 'N'
         elif kinds == 'L' and _is_scalar(a, plain[0][0]): kinds += 'T'
         else: kinds += '?'

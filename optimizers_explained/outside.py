@@ -18,7 +18,7 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/outside.html.m
 # %% auto #0
 __all__ = ['SIMPLE', 'CONSTANTS', 'LIBRARIES', 'VARYING', 'WHO', 'UNREADABLE', 'CHANGERS', 'DRAWS', 'SIZE', 'NEW', 'IMPLICIT',
            'DEPTH', 'VALUES', 'FUNCTIONS', 'CODE', 'ABSENT', 'is_simple', 'imprint', 'flags', 'Unknown', 'reach',
-           'Absent', 'Place', 'Survey', 'Together', 'Alone', 'Outside', 'watched', 'alone']
+           'Place', 'Reading', 'Together', 'Alone', 'Outside', 'watched', 'alone']
 
 # %% ../nbs/09b_outside.ipynb #b05f27bc
 import builtins
@@ -165,9 +165,11 @@ def _is_wrapper(value): # by a library around a function of the user
 def _of_module(module, names):
     found = _named(vars(module), names)
     if not _is_fixed(module): return found
-    return [(n, v) for n, v in found if _varies(v) or _is_part(v, module)]
+    return [(n, v) for n, v in found if _tells(v) or _is_part(v, module)]
 
-def _is_part(value, module): # of a library, where random numbers may be
+def _tells(value): return _varies(value) or any(value is f for f in (*WHO, *UNREADABLE))
+
+def _is_part(value, module): # of a library
     if not isinstance(value, ModuleType): return False
     return value.__name__.startswith(f'{module.__name__}.')
 
@@ -193,8 +195,8 @@ def _of_object(value, names):
 DEPTH, VALUES, FUNCTIONS = 5, 256, 200 # at most: nested containers, values, functions
 CODE = FunctionType, type, ModuleType
 
-class Absent(Enum): VALUE = 'nothing'
-ABSENT = Absent.VALUE
+class _Absent(Enum): VALUE = 'nothing'
+ABSENT = _Absent.VALUE
 
 class Place(NamedTuple):
     "Where the code of a step finds something that is not among its arguments."
@@ -207,7 +209,13 @@ class Place(NamedTuple):
         try: return self.home.cell_contents
         except ValueError: return ABSENT                  # not assigned yet
 
-class Survey:
+class _Where(NamedTuple):
+    space:dict # the globals of a piece of code
+    cells:dict # what a closure holds, by name
+    own:tuple # names of p, g and state, in the step itself
+    making:bool # whether it makes a new object, whose attributes it may set
+
+class Reading:
     "What the code of a step names, through everything that it calls."
     def __init__(self,
         step, # a step
@@ -226,7 +234,7 @@ class Survey:
         before = None
         while before != (now := (len(self.code), len(self.names), len(self.places))):
             before = now                                  # until nothing new is found
-            for place in [*self.places.values()]: self._look_at(place.value(), place.name)
+            for p in [*self.places.values()]: self._look_at(p.value(), p.name)
             for value in hypers.values(): self._look_at(value, '')
         if not self.followed: self._give_up('its code cannot be read')
         for name in self.containers if self.stores else ():
@@ -286,7 +294,8 @@ class Survey:
         code, cells = function.__code__, function.__closure__ or ()
         end = code.co_argcount if not self.followed else 0
         own = code.co_varnames[max(end - 3, 0):end]   # p, g, state of the step itself
-        self._read(code, function.__globals__, dict(zip(code.co_freevars, cells)), own)
+        cells = dict(zip(code.co_freevars, cells))
+        self._read(code, _Where(function.__globals__, cells, own, code.co_name in NEW))
         hypers = function.__kwdefaults__ or {}
         defaults = dict(enumerate(function.__defaults__ or ()))
         if self.followed: defaults.update(hypers)
@@ -297,48 +306,49 @@ class Survey:
             name = f'{function.__name__}({key})'
             if not is_simple(value): self._add(name, {name: value})
 
-    def _read(self, code, space, cells, own):
+    def _read(self, code, where):
         "Take in what a piece of code names, and what it does to things outside."
         self.names.update(code.co_names)
         self.names.update(c for c in code.co_consts if type(c) is str)   # for getattr
-        for name, cell in cells.items(): self._add(name, cell)
+        for name, cell in where.cells.items(): self._add(name, cell)
         instructions = list(dis.get_instructions(code))
         for i, instruction in enumerate(instructions):
-            self._take(instruction, instructions[max(i - 2, 0):i], space, cells, own)
+            self._take(instruction, instructions[max(i - 2, 0):i], where)
         for inner in code.co_consts:
-            if isinstance(inner, CodeType):
-                known = {n: cells[n] for n in inner.co_freevars if n in cells}
-                self._read(inner, space, known, ())
+            if not isinstance(inner, CodeType): continue
+            cells = {n: where.cells[n] for n in inner.co_freevars if n in where.cells}
+            self._read(inner, _Where(where.space, cells, (), False))
 
-    def _take(self, instruction, before, space, cells, own):
+    def _take(self, instruction, before, where):
         does, name = instruction.opname, instruction.argval
         last = before[-1] if before else instruction
         if does in ('LOAD_GLOBAL', 'LOAD_NAME'):
-            self._add(name, space if name in space else vars(builtins))
+            self._add(name, where.space if name in where.space else vars(builtins))
         elif does == 'IMPORT_NAME':
             self._add(name, sys.modules)
             if _varies_by_name(name): self._vary(name)
         elif does in ('STORE_GLOBAL', 'DELETE_GLOBAL'): self._touch(name)
         elif does in ('STORE_DEREF', 'DELETE_DEREF'):
-            if name in cells: self._touch(name)
-        elif does in ('STORE_ATTR', 'DELETE_ATTR'): self._alone(f'it sets .{name}')
+            if name in where.cells: self._touch(name)
+        elif does in ('STORE_ATTR', 'DELETE_ATTR'):
+            if not where.making: self._alone(f'it sets .{name}')
         elif does == 'STORE_SUBSCR':                      # state['name'] = ... may be
-            if not (len(before) == 2 and _loads(before[0], own)): self.stores = True
+            may = len(before) == 2 and _loads(before[0], where.own)
+            if not may: self.stores = True
         elif does in ('DELETE_SUBSCR', 'STORE_SLICE'): self.stores = True
         elif does == 'MATCH_CLASS': self._one('it asks for a class')
         elif does == 'IS_OP':
             if not _is_constant(last): self._one('it compares with is')
-        elif does in ('LOAD_ATTR', 'LOAD_METHOD'):
-            self._ask(name, last, space, cells, own)
+        elif does in ('LOAD_ATTR', 'LOAD_METHOD'): self._ask(name, last, where)
 
-    def _ask(self, name, last, space, cells, own):
+    def _ask(self, name, last, where):
         "Take in that an attribute is read, of what the instruction `last` has loaded."
         if name in DRAWS: self.draws[name] = True
         if name == '__class__': self._one('it asks for a class')
-        loaded = last.opname.startswith('LOAD_') and not _loads(last, own)
+        loaded = last.opname.startswith('LOAD_') and not _loads(last, where.own)
         if name in CHANGERS and loaded: self.stores = True
         in_place = name.endswith('_') and not name.endswith('__')
-        if in_place and _is_data(last, space, cells): self._touch(last.argval)
+        if in_place and _is_data(last, where): self._touch(last.argval)
 
 def _inside(label, name):
     return f'{label}.{name}' if label and str(name).isidentifier() else label
@@ -353,11 +363,11 @@ def _is_constant(instruction): # None, True, 3, or a dtype of torch
     if does.startswith(('LOAD_CONST', 'LOAD_SMALL', 'LOAD_COMMON')): return True
     return does == 'LOAD_ATTR' and isinstance(getattr(torch, name, None), CONSTANTS)
 
-def _is_data(instruction, space, cells): # something outside, no module or class
+def _is_data(instruction, where): # something outside, no module or class
     does, name = instruction.opname, instruction.argval
-    if does == 'LOAD_GLOBAL': value = space.get(name, ABSENT)
-    elif does == 'LOAD_DEREF' and name in cells:
-        value = Place(name, cells[name]).value()
+    if does == 'LOAD_GLOBAL': value = where.space.get(name, ABSENT)
+    elif does == 'LOAD_DEREF' and name in where.cells:
+        value = Place(name, where.cells[name]).value()
     else: return False
     return not isinstance(value, CODE)
 
@@ -375,7 +385,7 @@ class Outside:
         step, # a step
         hypers:dict={}, # values of its hyperparameters: one may be a random generator
     ):
-        seen = Survey(step, hypers)
+        seen = Reading(step, hypers)
         reason = next(iter(seen.reasons), None)
         self.alone = Together() if reason is None else Alone(reason)
         self.draws, self.unwatched = tuple(seen.draws), tuple(seen.unwatched)
