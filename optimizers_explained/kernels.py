@@ -99,6 +99,10 @@ CPP = """#include <algorithm>
 #include <cstdint>
 {using}typedef {T} T; typedef {S} S;
 template <class A, class B> static inline T where(bool c, A a, B b) {{ return c ? T(a) : T(b); }}
+static inline T atleast(T x, T low) {{ return (x >= low) | (x != x) ? x : low; }}
+static inline T atmost(T x, T high) {{ return (x <= high) | (x != x) ? x : high; }}
+static inline T maximum(T x, T y) {{ return (x > y) | (x != x) ? x : y; }}
+static inline T minimum(T x, T y) {{ return (x < y) | (x != x) ? x : y; }}
 {convert}
 #define ARGS S*** args, const int64_t* sizes, const int64_t* tensor, const int64_t* first, const double* c, double* part, double* totals
 #define SAME args, sizes, tensor, first, c, part, totals
@@ -150,7 +154,8 @@ class Cpp(Writer):
     "For the CPU: a loop per phase over chunks of all tensors; half precision is rounded after every operation, as torch does."
     types = {torch.float32: dict(T='float', S='float', convert=PLAIN), torch.float64: dict(T='double', S='double', convert=PLAIN),
              torch.bfloat16: dict(T='float', S='uint16_t', convert=BFLOAT16 + ROUNDED), torch.float16: dict(T='float', S='_Float16', convert=PLAIN + ROUNDED)}
-    known = {'where', 'get', 'put', 'reduction', 'int64_t'}
+    known = {'where', 'atleast', 'atmost', 'maximum', 'minimum', 'get', 'put', 'reduction',
+             'int64_t'}
     def _pointer(self, a): return f'S* __restrict__ {self.names[a]} = args[{a}][i] + first[k];'
     def _load(self, i): return f'const T v{i} = get({self.names[i]}[j]);'
     def _let(self, i, code): return f'const T v{i} = R({code});' if self.dtype in HALF else f'const T v{i} = {code};'

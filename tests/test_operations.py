@@ -1,0 +1,353 @@
+"""Every row of the operations table against torch: each is called in every way that torch
+has for it, on numbers and masks, and gives torch's value or is refused in words."""
+import inspect
+import itertools
+import operator
+import os
+import subprocess
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from optimizers_explained import operations
+from optimizers_explained.core import StepOptimizer, sgd
+from optimizers_explained.kernels import Cpp
+from optimizers_explained.operations import OPS, SAME
+from optimizers_explained.recorder import record
+from optimizers_explained.triton_kernels import Triton
+
+ROOT = Path(__file__).resolve().parents[1]
+INF, NAN = float('inf'), float('nan')
+SPECIAL = (NAN, INF, -INF, 0., -0., 1., -1., 0.5, -0.5, 2., 3., -2.5, 1e-40, -1e-40, 1e30, -1e30)
+FLOATS = (0.3, -2.5, 0.5, 1., 0., -0., INF, -INF, NAN, 1e-40)
+
+# --- what the operations are called with: x, y, z are numbers, m, n masks, s and o a number
+# and a mask for the whole tensor, k a number that comes as a hyperparameter
+
+def tensors(dtype):
+    "Each special value beside each other, and as many ordinary ones."
+    gen = torch.Generator().manual_seed(0)
+    special, plain = torch.tensor(SPECIAL, dtype=torch.float64), lambda: torch.randn(256, generator=gen)
+    x = torch.cat([special.repeat_interleave(16), plain()])
+    y = torch.cat([special.repeat(16), plain()])
+    z = torch.cat([special.roll(5).repeat(16).roll(3), plain()])
+    w = torch.zeros(512).scatter(0, torch.tensor([7, 300]), torch.tensor([3., 4.]))      # its norm is 5
+    return [t.to(dtype) for t in (x, y, z, w)]
+
+def names(p, g, z, w, k):
+    s = w.norm()
+    return dict(x=p, y=g, z=z, m=p > 0, n=g < 2, s=s, o=s > 1., k=k)
+
+
+class Case(NamedTuple):
+    "One way of calling an operation."
+    label:str
+    run:object # of the names above, to the result
+    row:str # of the table
+    has_k:bool=False # whether k is among its arguments
+
+INPUTS = ('x', 'm', 's', 'k')
+OTHERS = ('y', 'n', 'o', 'k', 0.5, 2, True)
+CHOICES = dict( # where fewer do
+    condition=('m', 'x', 'o'), tensor1=('y', 'n'), tensor2=('z', 'n'), value=(None, 'k', 's', True),
+    alpha=(None, 'k', 's', 2, True), end=('y', 'n', 's'), weight=('k', 'z', 'n', 's', True),
+    min=(None, 'k', 'y', 'n', 's', 0.5), max=(None, 'k', 'z', 'n', 1), fill_value=('k', 's', 'o', True),
+    p=(None, 1, 2, 'fro', INF, 3), ord=(None, 1, 2, INF), dtype=(None,),
+    exponent=('k', 'y', 'n', 's', 0, 1, 2, 3, 0.5, -0.5, -1, -2, -2., 1.5, True))
+OPERATORS = dict(add='add', sub='sub', mul='mul', div='truediv', pow='pow', bitwise_and='and_',
+                 bitwise_or='or_', bitwise_not='invert', neg='neg', abs='abs',
+                 lt='lt', le='le', gt='gt', ge='ge', eq='eq', ne='ne')
+
+def arguments(row):
+    "Every choice of arguments for a row: `{parameter: what}`."
+    known = list(inspect.signature(OPS[row].write).parameters.values())
+    first, *rest = [q.name for q in known]
+    choices = [CHOICES.get(first, INPUTS), *(CHOICES.get(q, OTHERS) for q in rest)]
+    for chosen in itertools.product(*choices):
+        yield {q: c for q, c in zip([first, *rest], chosen) if c is not None}
+
+def has_tensor(chosen): # beside those that torch reads as numbers
+    return any(c in 'xyzmnso' for q, c in chosen.items() if isinstance(c, str) and q not in ('alpha', 'value', 'p'))
+
+def look_up(what, env): return env.get(what, what) if isinstance(what, str) else what
+
+def call(f, chosen, env, by_name=()):
+    args = {q: look_up(c, env) for q, c in chosen.items()}
+    named = {q: v for q, v in args.items() if q in by_name}
+    return f(*(v for q, v in args.items() if q not in by_name), **named)
+
+def method(name, chosen, env, by_name=(), clone=False):
+    first, *rest = chosen
+    me = look_up(chosen[first], env)
+    me = me.clone() if clone else me
+    return call(getattr(me, name), {q: chosen[q] for q in rest}, env, by_name)
+
+def cases_of(name, row, chosen):
+    "All the ways to call `name` with these arguments."
+    first, *rest = chosen
+    positional = [q for q in chosen if not is_keyword(row, q)]
+    keywords, is_second, has_k = set(chosen) - set(positional), name in SAME, 'k' in chosen.values()
+    text = f"{name}({', '.join(f'{q}={c}' for q, c in chosen.items())})"
+    def case(how, f, *args, **kwargs): return Case(f'{how} {text}', partial(f, *args, **kwargs), row, has_k)
+    if row != 'where' and chosen[first] != 'k' and name != 'linalg_vector_norm':
+        for ending in '', '_':
+            if not hasattr(Tensor, name + ending): continue
+            how, clone = 'in-place method' if ending else 'method', ending == '_'
+            yield case(how, method, name + ending, chosen, by_name=keywords, clone=clone)
+            if len(positional) == 1 or is_second: continue
+            yield case(f'{how} by name', method, name + ending, chosen, by_name=rest, clone=clone)
+    f = torch.linalg.vector_norm if name == 'linalg_vector_norm' else getattr(torch, name, None)
+    if f and row != 'Tensor.where':
+        yield case('function', call, f, chosen, by_name=keywords)
+        if not is_second: yield case('function by name', call, f, chosen, by_name=list(chosen))
+    if name in OPERATORS and len(chosen) == len(positional):
+        op = getattr(operator, OPERATORS[name])
+        yield case('operator', call, op, chosen)
+        if len(chosen) == 1: return
+        yield case('operator turned', call, op, dict(zip(chosen, [*chosen.values()][::-1])))
+        augmented = getattr(operator, 'i' + OPERATORS[name].strip('_'), None)
+        if augmented and chosen[first] != 'k': yield case('augmented', on_a_clone, augmented, chosen)
+
+def is_keyword(row, parameter):
+    known = inspect.signature(OPS[row].write).parameters[parameter]
+    return known.kind == known.KEYWORD_ONLY
+
+def on_a_clone(op, chosen, env):
+    target, other = (look_up(c, env) for c in chosen.values())
+    return op(target.clone(), other)
+
+CONVERSIONS = {
+    'to(dtype)': lambda t, like: t.to(like.dtype), 'to(dtype=)': lambda t, like: t.to(dtype=like.dtype),
+    'to(other)': lambda t, like: t.to(like), 'to(bool)': lambda t, like: t.to(torch.bool),
+    'to(copy)': lambda t, like: t.to(like.dtype, copy=True), 'type_as': lambda t, like: t.type_as(like),
+    'to(device)': lambda t, like: t.to(like.device), 'to(device, dtype)': lambda t, like: t.to(like.device, like.dtype),
+    'to(half)': lambda t, like: t.to(torch.float16), **{f'{n}()': lambda t, like, n=n: getattr(t, n)() for n in operations.CONVERSIONS}}
+
+def all_cases():
+    for name in (*OPS, *SAME):
+        row = SAME.get(name, name)
+        for chosen in filter(has_tensor, arguments(row)): yield from cases_of(name.removeprefix('Tensor.'), row, chosen)
+    for name, f in CONVERSIONS.items():
+        for a, b in itertools.product('xmso', 'ym'):
+            yield Case(f'{name} {a} {b}', lambda env, f=f, a=a, b=b: f(env[a], env[b]).clone(), 'conversion')
+    for name in ('zeros_like', 'ones_like'):
+        for a, b in itertools.product('xmso', 'ym'):
+            run = lambda env, name=name, a=a, b=b: getattr(torch, name)(env[a], dtype=env[b].dtype, memory_format=torch.preserve_format)
+            yield Case(f'{name} dtype {a} {b}', run, name)
+
+
+# --- torch's answer, and the recording's
+
+class Seen(NamedTuple):
+    "What came of recording one case."
+    reason:object
+    key:tuple # equal for recordings that compute the same
+    type:tuple # of the result: dtype, and whether it is one number
+
+def type_of(result): return result.dtype, result.ndim == 0
+
+def attempt(case, env):
+    "The result of a case, or `None` if torch refuses."
+    try: return case.run(env)
+    except (RuntimeError, TypeError, NotImplementedError, AttributeError): return None
+
+def stored(result, like):
+    "A tensor of floats that tells what `result` is."
+    return torch.zeros_like(like).copy_(result)
+
+def step_of(cases, seen):
+    "A step that keeps the result of each case in the state."
+    def step(p, g, state, *, k):
+        env = names(p, g, state['z'], state['w'], k)
+        for i, case in enumerate(cases):
+            result = case.run(env)
+            seen.append(type_of(result))
+            state[f'out{i}'] = stored(result, g)
+    return step
+
+def recorded(case, like, k):
+    seen = []
+    rec = record([(step_of([case], seen), dict(k=k))], like, ['z', 'w', 'out0'], {})
+    key = *rec.nodes, *rec.coefs, *rec.stores.items()
+    return Seen(rec.reason, key, seen[0] if seen else None)
+
+class Fused:
+    "Many cases in one kernel."
+    def __init__(self, cases, data):
+        self.data, self.outs = data, [f'out{i}' for i in range(len(cases))]
+        self.p = data[0].clone().requires_grad_()
+        steps = [step_of(cases, []), sgd]
+        self.opt = StepOptimizer([self.p], steps, lr=1., k=0., fused=True)
+
+    def __call__(self, k):
+        "The result of each for a value of k."
+        x, y, z, w = self.data
+        self.p.data.copy_(x)
+        self.p.grad = y
+        self.opt.state[self.p].update(z=z, w=w, **{out: torch.zeros_like(x) for out in self.outs})
+        self.opt.param_groups[0]['k'] = k     # NaN would be refused at the start
+        self.opt.step()
+        programs = [q for found in self.opt.memo.programs.values() for q in found]
+        assert {q.reason for q in programs} == {None}
+        return [self.opt.state[self.p][out] for out in self.outs]
+
+class Tolerance(NamedTuple):
+    "What may be between a result and torch's."
+    relative:float = 0.
+    absolute:float = 0.
+
+def differ(want, got, tolerance):
+    "Where two tensors are told apart by value, sign of zero or NaN."
+    close = (want == got) | torch.isclose(got, want, *tolerance)
+    same_sign = want.signbit() == got.signbit()
+    return ~(close & same_sign | want.isnan() & got.isnan())
+
+KS = {'float': FLOATS, 'int': (7, 0, -1, 3), 'True': (True,), 'False': (False,)}
+CLOSE = 'sqrt', 'rsqrt', 'exp', 'log', 'pow' # rows that a library computes, to the last digits
+def exactness(row, dtype):
+    info = torch.finfo(dtype)
+    return Tolerance(16*info.eps, 16*info.tiny) if row in CLOSE else Tolerance()
+
+REFUSED = { # what torch can do and a kernel does not, by row
+    'add': ('add with these arguments',), 'addcdiv': ('addcdiv of masks and numbers',),
+    'lerp': ('lerp of masks and numbers',), 'pow': ('pow of masks',),
+    'clamp': ('clamp of masks', 'clip of masks'), 'clamp_min': ('clamp_min of masks',),
+    'clamp_max': ('clamp_max of masks',), 'sum': ('sum of one number',),
+    'mean': ('mean of one number',), 'norm': ('norm with these arguments', 'norm of one number'),
+    'linalg_vector_norm': ('norm with these arguments', 'norm of one number')}
+
+def sort_out(cases, dtype, data, kind):
+    "Record each case: what went wrong, and `{key: cases}` of what can be a kernel."
+    faults, accepted = [], {}
+    k = KS[kind][0]
+    env = names(*data, k)
+    for case in cases:
+        want, seen = attempt(case, env), recorded(case, data[0], k)
+        if want is None or want.dtype not in (dtype, torch.bool):
+            if seen.reason is None: faults.append(f'{case.label}, k={k}: recorded, and torch gives {want}')
+        elif seen.reason is None:
+            if seen.type != type_of(want):
+                faults.append(f'{case.label}, k={k}: {seen.type}, torch {type_of(want)}')
+            accepted.setdefault(seen.key, []).append(case)
+        elif not any(r in seen.reason for r in REFUSED.get(case.row, ())):
+            faults.append(f'{case.label}, k={k}: {seen.reason}')
+    return faults, accepted
+
+def compare(cases, got, env, dtype, tolerance):
+    "Where a result of a kernel is not torch's."
+    faults = []
+    for case in cases:
+        want = stored(case.run(env), env['x'])
+        if (bad := differ(want, got, tolerance or exactness(case.row, dtype))).any():
+            at = bad.nonzero()[0].item()
+            xyz = [env[name][at].item() for name in 'xyz']
+            faults.append(f"{case.label}, k={env['k']}, xyz={xyz}: {got[at].item()}, torch {want[at].item()}")
+    return faults
+
+def check(cases, dtype, ks=KS, tolerance=None, size=80):
+    "Everything that is not as in torch, in words; and the number of results compared."
+    data, faults, accepted, count = tensors(dtype), [], {}, 0
+    for kind in ks:
+        concerned = cases if kind == 'float' else [c for c in cases if c.has_k]
+        new, accepted[kind] = sort_out(concerned, dtype, data, kind)
+        faults += new
+    groups = {}                           # keys, by the kinds of k with which they are recorded alike
+    for key in dict.fromkeys(key for found in accepted.values() for key in found):
+        groups.setdefault(tuple(kind for kind in ks if key in accepted[kind]), []).append(key)
+    for kinds, keys in groups.items():
+        for start in range(0, len(keys), size):
+            part = [accepted[kinds[0]][key] for key in keys[start:start + size]]
+            kernel = Fused([found[0] for found in part], data)
+            for k in (k for kind in kinds for k in ks[kind]):
+                env = names(*data, k)
+                for found, got in zip(part, kernel(k)):
+                    faults += compare(found, got, env, dtype, tolerance)
+                    count += len(found)
+    return faults, count
+
+@pytest.fixture
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')      # torch's about arguments in an old order
+        yield
+
+@pytest.fixture(params=[torch.float32, torch.float64])
+def dtype(request):
+    "Of the parameters, and the one that masks get beside a float."
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+def test_every_way_of_calling_every_row(dtype, quiet):
+    "As method, function and operator, in place and not, by position and by name."
+    faults, count = check(list(all_cases()), dtype)
+    assert not faults, '\n'.join([f'{len(faults)} faults', *faults[:20]])
+    assert count > 40_000
+
+def test_where_as_it_was_recorded_before_is_found(monkeypatch, quiet):
+    "`x.where(mask, other)` read as `torch.where(x, mask, other)`."
+    old = lambda input, condition, other: f'where({input}, {condition}, {other})'
+    monkeypatch.setitem(OPS, 'Tensor.where', OPS['Tensor.where']._replace(write=old))
+    faults, _ = check([c for c in all_cases() if c.row == 'Tensor.where'], torch.float32)
+    assert len(faults) > 20 and 'method where(input=x, condition=m, other=y)' in '\n'.join(faults)
+
+@pytest.mark.parametrize('row,wrong', [
+    ('sign', OPS['sign']._replace(write=lambda input: f'where({input} < 0, T(-1), T(1))')),
+    ('maximum', OPS['maximum']._replace(write=lambda input, other: f'where({input} > {other}, {input}, {other})')),
+    ('add', OPS['add']._replace(masks=None)), ('sub', OPS['sub']._replace(beside=True)),
+    ('pow', OPS['pow']._replace(cases=())), ('sub', OPS['sub']._replace(negates='', write=operations._add)),
+    ('bitwise_or', OPS['bitwise_or']._replace(takes='truth')), ('zero', OPS['zero']._replace(gives='numbers')),
+    ('clamp', OPS['clamp']._replace(write=lambda input, min=None, max=None: f'where({input} < {min}, {min}, {input})' if min and not max else None))])
+def test_a_wrong_row_is_found(row, wrong, monkeypatch, quiet):
+    monkeypatch.setitem(OPS, row, wrong)
+    assert check([c for c in all_cases() if c.row == row], torch.float32, ks={'float': FLOATS})[0]
+
+def test_every_language_has_every_row():
+    "What an expression calls, C++ and Triton know: each row is printed in both."
+    x = torch.ones(3)
+    env, printed = names(x, x, x, x, 0.3), set()
+    for case in all_cases():
+        if case.row in printed or attempt(case, env) is None: continue
+        rec = record([(step_of([case], []), dict(k=0.3))], x, ['z', 'w', 'out0'], {})
+        if rec.reason is not None: continue
+        assert 'Phase0' in Cpp(rec, torch.float32).source()
+        assert 'def phase0' in Triton(rec, torch.float32).source()
+        printed.add(case.row)
+    assert printed >= {*OPS}
+
+INTERPRETED = '''
+import sys, warnings, torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+sys.path.insert(0, 'tests')
+warnings.simplefilter('ignore')
+import test_operations as t
+from optimizers_explained import build, fused
+def compared(create): return lambda *args: TensorHandle(create(*args).data, tl.int1)
+for name in dir(InterpreterBuilder):     # it forgets that a comparison of scalars is a mask
+    if name.startswith(('create_fcmp', 'create_icmp')):
+        setattr(InterpreterBuilder, name, compared(getattr(InterpreterBuilder, name)))
+fused.BACKENDS['cpu'] = build.TritonKernel
+for dtype, close in ((torch.float32, 1e-5), (torch.float64, 1e-11)):      # its fma rounds twice
+    torch.set_default_dtype(dtype)
+    ks, tolerance = {'float': (0.3, t.NAN)}, t.Tolerance(close, close/10)
+    every = 1 if dtype is torch.float32 else 4
+    faults, count = t.check(list(t.all_cases())[::every], dtype, ks, tolerance)
+    assert not faults, (len(faults), faults[:20])
+    assert count > 3000
+print('same numbers')
+'''
+
+def test_triton_interpreted():
+    "The same in the language of a GPU, run by Triton's interpreter on the CPU."
+    pytest.importorskip('triton', reason='Triton is not installed: its kernels are not tested')
+    env = {**os.environ, 'TRITON_INTERPRET': '1'}
+    out = subprocess.run([sys.executable, '-c', INTERPRETED], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert out.stdout == 'same numbers\n', out.stderr[-2000:]
