@@ -285,6 +285,53 @@ class nan_accepted(StepOptimizer):
         super().add_param_group({k: v for k, v in group.items() if k not in bad})
         self.param_groups[-1].update(bad)
 
+@fault('SGD', 'takes empty groups')
+class empty_group_dropped(StepOptimizer):
+    def add_param_group(self, group):
+        params = group['params']
+        if isinstance(params, torch.Tensor) or list(params): super().add_param_group(group)
+
+@fault('SGD', 'frees what was replaced')
+class parameters_kept_in_a_list(StepOptimizer):
+    def run(self, group, params, grads):
+        self.seen = [*getattr(self, 'seen', []), *params]
+        super().run(group, params, grads)
+
+@fault('SGD', 'leaves flags alone', steps=lambda f: [flip, l2, f, sgd])
+def buffer_on_the_parameter(p, g, state, *, momentum=0., dampening=0., nesterov=False):
+    p.buffer = g if not hasattr(p, 'buffer') else momentum*p.buffer + (1 - dampening)*g
+    return p.buffer
+
+@fault('SGD', 'takes a tensor as lr')
+class rate_of_the_first_step(StepOptimizer):
+    def run(self, group, params, grads):
+        self.rates = getattr(self, 'rates', {})
+        rate = self.rates.setdefault(id(group['lr']), float(group['lr']))
+        super().run({**group, 'lr': rate}, params, grads)
+
+@fault('SGD', 'runs compiled')
+class half_a_step_when_compiled(StepOptimizer):
+    def zero_grad(self, set_to_none=True):
+        self.compiled = torch.compiler.is_compiling()
+        super().zero_grad(set_to_none)
+    def run(self, group, params, grads):
+        lr = group['lr']/2 if getattr(self, 'compiled', False) else group['lr']
+        super().run({**group, 'lr': lr}, params, grads)
+
+@fault('SGD', 'follows a change of dtype')
+class dtype_of_the_first_step(StepOptimizer):
+    def run(self, group, params, grads):
+        self.dtypes = getattr(self, 'dtypes', None) or {p: p.dtype for p in params}
+        super().run(group, params, grads)
+        for p in params: p.data = p.data.to(self.dtypes.get(p, p.dtype))
+
+@fault('SGD', 'keeps foreign entries')
+class saves_the_state_of_parameters_only(StepOptimizer):
+    def load_state_dict(self, sd):
+        own = {k: s for k, s in sd['state'].items() if isinstance(k, int)}
+        super().load_state_dict({**sd, 'state': own})
+        for k in sd['state'].keys() - own.keys(): self.state[k] = None
+
 @fault('SGD', 'prints its hyperparameters')
 class silent(StepOptimizer):
     def __repr__(self): return 'SGD (momentum 0.9)'
