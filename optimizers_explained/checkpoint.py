@@ -86,6 +86,7 @@ def store(
     state_dict:dict, # what torch's base class says of it
 ) -> dict: # a new dictionary
     "What torch's optimizer of the same name would save, and what tells ours apart."
+    if not {'state', 'param_groups'} <= set(state_dict): return state_dict   # by a hook
     extra = torchs_hypers(opt)
     groups = [{**g, **{k: v for k, v in extra.items() if k not in g}}
               for g in state_dict['param_groups']]
@@ -96,9 +97,12 @@ def store(
     new = {**state_dict, 'state': {**stored, **others}, 'param_groups': groups}
     new['steps'] = [name_of(f) for f in opt.steps]
     new['shapes'] = [[tuple(p.shape) for p in g['params']] for g in opt.param_groups]
-    by_tensor = any(isinstance(s.get('step'), Tensor) for s in entries.values())
-    if by_tensor: new['counts'] = 'tensors'    # as a step of one's own may have it
+    if _counts_in_tensors(opt): new['counts'] = 'tensors'
     return new
+
+def _counts_in_tensors(opt): # as a step of one's own may
+    states = (opt.state.get(p, {}) for g in opt.param_groups for p in g['params'])
+    return any(isinstance(state.get('step'), Tensor) for state in states)
 
 def _stored(entry):
     if type(entry.get('step')) is not int: return dict(entry)

@@ -90,6 +90,7 @@ class StepOptimizer(torch.optim.Optimizer):
         self.watches_lr0 = takes_lr0(self.steps)
         defaults = stored(check_hypers(self.steps, hypers), self.steps)
         super().__init__(as_list(params), defaults)
+        self.register_state_dict_post_hook(store)
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -158,20 +159,23 @@ class StepOptimizer(torch.optim.Optimizer):
             raise
         self.memo.proven = True
 
+    @untraced
     def state_dict(self):
-        "What torch's optimizer of this name would save, with the names of the steps and the shapes."
-        before = self.register_state_dict_pre_hook(check_keys)
-        after = self.register_state_dict_post_hook(store, prepend=True)
-        with before, after: return super().state_dict()
+        "What torch's optimizer of this name would save, and what tells ours apart."
+        check_keys(self)
+        return super().state_dict()            # store comes before the hooks of others
 
+    @untraced
     def load_state_dict(self, state_dict):
-        "Load a copy of a checkpoint, or raise and change nothing; see `optimizers_explained.checkpoint`."
-        if not isinstance(state_dict, dict): check_form(state_dict)      # of another form: a hook may know what to do
-        with self.register_load_state_dict_pre_hook(prepare): super().load_state_dict(state_dict)
+        "Load a copy of a checkpoint, or raise with nothing changed; see `checkpoint`."
+        if not isinstance(state_dict, dict): check_form(state_dict)     # hooks take others
+        with self.register_load_state_dict_pre_hook(prepare):
+            super().load_state_dict(state_dict)
 
     def __getstate__(self): return {**super().__getstate__(), 'steps': self.steps, 'foreach': self.foreach, 'fused': self.fused}
     def __setstate__(self, state):
         super().__setstate__(state)
+        if 'steps' in state: self.register_state_dict_post_hook(store)      # a copy
         self.memo = Memo()
         self.watches_lr0 = vars(self).get('watches_lr0', takes_lr0(self.steps))
         self.defaults.pop('differentiable', None)                 # torch's, of no step

@@ -127,7 +127,9 @@ class OptimWrapper(Optimizer):
         sd:dict, # in torch's form; copied
     ):
         "Load a state dictionary of the torch optimizer"
-        self.opt.load_state_dict(deepcopy(sd))
+        own = (p for pg in self.opt.param_groups for p in pg['params'])
+        same = {id(p): p for p in own}                     # where `sd` speaks of them
+        self.opt.load_state_dict(deepcopy(sd, same))
 
     def clear_state(self):
         "Empty the torch optimizer's state, and ours except for `force_train` and `do_wd`"

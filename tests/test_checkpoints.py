@@ -3,6 +3,8 @@ parameter, names with prefixes, torch's form of a dictionary, hooks, failed load
 import copy
 import io
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -24,16 +26,6 @@ TORCHS = 'SGD', 'Adam', 'AdamW'
 NAMES = list(optim.__all__)
 
 def make_of(name, **more): return exercised(getattr(optim, name), **more)
-
-def named(name):
-    "Our optimizer under torch's name: a class of that name makes it."
-    factory = getattr(optim, name)
-    if isinstance(factory, type): return factory
-    def make(*args, **kwargs):
-        opt = factory(*args, **kwargs)
-        opt.__class__ = type(name, (StepOptimizer,), {})
-        return opt
-    return make
 
 def without(sd, key): return {k: v for k, v in sd.items() if k != key}
 def elsewhere(sd): return {k: sd[k] for k in ('state', 'param_groups')}    # as torch's
@@ -101,7 +93,7 @@ def test_a_scheduler_drives_an_empty_group(name):
 
 @pytest.mark.parametrize('name', TORCHS)
 def test_checkpoints_with_an_empty_group_move_between_torch_and_ours(name):
-    ours, theirs = named(name), getattr(torch.optim, name)
+    ours, theirs = getattr(optim, name), getattr(torch.optim, name)
     for a, b in (ours, theirs), (theirs, ours):
         ps = leaves()
         opt = a(with_empty(ps), lr=0.05)
@@ -154,7 +146,7 @@ def foreign(ps):
     return {'tokens': 512, 'rate': 0.5, 'who': 'me', 'sum': torch.arange(3.),
             'nested': {'a': {'b': [torch.ones(2), {'c': 1}]}},
             'averages': {p: p.detach().clone() for p in ps}, 'slow': {ps[0]},
-            'pairs': {(ps[0], 'x'): torch.zeros(1)}, 'leader': [ps[1]]}
+            'pairs': {(ps[0], 'x'): torch.zeros(1)}}
 
 def put(opt, entries):
     for k, v in entries.items(): opt.state[k] = v
@@ -176,7 +168,6 @@ def test_foreign_entries_survive(name, way):
     assert same([after[k] for k in plain], [before[k] for k in plain])
     assert all(p is q for p, q in zip(after['averages'], ps))
     assert same(list(after['averages'].values()), list(before['averages'].values()))
-    assert after['leader'][0] is ps[1]
     assert next(iter(after['slow'])) is ps[0] and next(iter(after['pairs']))[0] is ps[0]
     qs = leaves()
     train(opt, ps, range(7, 10)), train(make(qs), qs, range(10))
@@ -197,6 +188,14 @@ def test_foreign_entries_are_copied():
     assert all(a.abs().sum() > 0 for a in kept['averages'].values())
     assert all(p is q for p, q in zip(kept['averages'], ps))    # the same, as in torch
 
+def test_a_parameter_of_its_own_is_not_copied():
+    opt, ps = trained(make_of('AdamW'))
+    opt.state['leader'] = {'is': ps[0], 'was': ps[0].detach().clone().requires_grad_()}
+    was = opt.state['leader']['was']
+    opt.load_state_dict(opt.state_dict())
+    assert opt.state['leader']['is'] is ps[0]
+    assert opt.state['leader']['was'] is not was
+
 def pickled(o): return pickle.loads(pickle.dumps(o))
 
 @pytest.mark.parametrize('copier', [copy.deepcopy, pickled])
@@ -212,12 +211,12 @@ def test_a_copied_optimizer_keeps_foreign_entries(copier):
     agree(train(opt, ps, range(5, 9)), train(twin, qs, range(5, 9)), 'copy', 0.)
 
 def test_foreign_entries_go_through_a_file_and_to_torch():
-    opt, ps = trained(named('AdamW'))
+    opt, ps = trained(optim.AdamW)
     put(opt, {'tokens': 512, 'nested': {'a': torch.ones(2)}})
     other, qs = on_copies(torch.optim.AdamW, ps)
     other.load_state_dict(via_file(opt.state_dict()))
     assert same(strings(other), {'tokens': 512, 'nested': {'a': torch.ones(2)}})
-    back, rs = on_copies(named('AdamW'), ps)
+    back, rs = on_copies(optim.AdamW, ps)
     back.load_state_dict(via_file(other.state_dict()))
     assert same(strings(back), strings(opt))
     for o, xs in ((opt, ps), (other, qs), (back, rs)): train(o, xs, range(5, 9))
@@ -236,16 +235,21 @@ def test_foreign_entries_through_convert_state():
     put(opt, foreign(ps))
     assert len(convert_state(opt.state_dict(), fastais)['state']) == len(ps)
 
-def test_the_wrapper_carries_foreign_entries():
-    ps = leaves()
-    wrapped = OptimWrapper(ps, named('AdamW'), lr=0.1)
+@pytest.mark.parametrize('library', [optim, torch.optim], ids=['ours', "torch's"])
+def test_the_wrapper_carries_foreign_entries(library):
+    ps, cls = leaves(), library.AdamW
+    wrapped = OptimWrapper(ps, cls, lr=0.1)
     train(wrapped.opt, ps)
-    wrapped.opt.state['tokens'] = 512
+    put(wrapped.opt, foreign(ps))
     sd = wrapped.state_dict()
-    other = OptimWrapper(leaves(), named('AdamW'), lr=0.1)
+    other = OptimWrapper(leaves(), cls, lr=0.1)
     other.load_state_dict(convert_state(sd, other))
     assert other.opt.state['tokens'] == 512
     assert same(other.opt.state_dict()['state'][0], sd['state'][0])
+    wrapped.load_state_dict(sd)
+    sd['state']['averages'][ps[0]].zero_()
+    averages = wrapped.opt.state['averages']
+    assert all(p is q for p, q in zip(averages, ps)) and averages[ps[0]].abs().sum() > 0
 
 def test_an_entry_of_a_tensor_in_no_group():
     "torch raises `KeyError: 139...`; an empty entry, which reading makes, is no harm."
@@ -367,7 +371,7 @@ def test_names_on_one_side_only():
 def test_a_state_dict_is_what_torchs_would_be(name, way):
     kw = dict(lr=0.05, **(dict(momentum=0.9) if name == 'SGD' else dict(amsgrad=True)))
     (opt, _), (theirs, _) = (trained(partial(f, **kw, **more)) for f, more in (
-        (named(name), WAYS[way]), (getattr(torch.optim, name), {})))
+        (getattr(optim, name), WAYS[way]), (getattr(torch.optim, name), {})))
     a, b = opt.state_dict(), theirs.state_dict()
     assert a.keys() - b.keys() == {'steps', 'shapes'}
     for mine, want in zip(a['param_groups'], b['param_groups']):
@@ -443,8 +447,9 @@ def test_torchs_switches_do_not_stay_in_our_groups(name):
     theirs, _ = trained(partial(getattr(torch.optim, name), lr=0.05, foreach=True))
     sd = theirs.state_dict()
     sd['param_groups'][0]['note'] = sd['param_groups'][0]['initial_lr'] = 0.25
-    unnamed = partial(StepOptimizer, steps=named(name)(leaves()).steps, lr=0.1)
-    for make in named(name), unnamed:
+    ours = getattr(optim, name)
+    unnamed = partial(StepOptimizer, steps=ours(leaves()).steps, lr=0.1)
+    for make in ours, unnamed:
         opt = make(leaves())
         keys = opt.param_groups[0].keys() | {'note', 'initial_lr'}
         opt.load_state_dict(sd)
@@ -554,12 +559,31 @@ def test_hooks_see_the_whole_dictionary_and_have_the_last_word():
     opt.register_state_dict_post_hook(lambda o, sd: {'only': len(sd['state'])})
     assert opt.state_dict() == {'only': 2}
 
-def test_a_hook_before_saving_may_still_tidy_up():
+def test_a_hook_before_ours_may_make_what_it_likes():
     opt, _ = trained(make_of('AdamW'))
-    loose = torch.ones(3)
-    opt.state[loose]['mine'] = 1
-    opt.register_state_dict_pre_hook(lambda o: o.state.pop(loose, None))
-    assert len(opt.state_dict()['state']) == 2
+    opt.register_state_dict_post_hook(lambda o, sd: {'mine': 1}, prepend=True)
+    assert opt.state_dict() == {'mine': 1}
+
+def test_hooks_of_a_copy():
+    "Copies have no hooks of others, as in torch, and save what the original saves."
+    opt, _ = trained(make_of('AdamW'))
+    opt.register_state_dict_post_hook(lambda o, sd: {'only': 1})
+    for twin in copy.deepcopy(opt), copy.copy(opt), pickled(opt):
+        sd = twin.state_dict()
+        assert sd['steps'] and torch.is_tensor(sd['state'][0]['step'])
+        twin.load_state_dict(sd)
+        assert same(twin.state_dict(), sd)
+
+def test_many_threads_may_save():
+    opt, _ = trained(make_of('AdamW'))
+    want = opt.state_dict()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda _: opt.state_dict(), range(400)))
+    finally: sys.setswitchinterval(interval)
+    assert all(same(sd, want) for sd in found)
 
 def test_hooks_are_gone_after_a_failure():
     opt, _ = trained(make_of('AdamW'))
@@ -567,7 +591,6 @@ def test_hooks_are_gone_after_a_failure():
     with pytest.raises(ValueError): opt.state_dict()
     with pytest.raises(ValueError): opt.load_state_dict({})
     assert not opt._optimizer_state_dict_pre_hooks
-    assert not opt._optimizer_state_dict_post_hooks
     assert not opt._optimizer_load_state_dict_pre_hooks
 
 def test_a_hook_may_make_a_form_of_its_own_fit():
@@ -695,11 +718,11 @@ def test_a_failing_hook_changes_nothing():
     assert refuses(opt, saved, 'not today')
 
 def test_the_checkpoint_is_left_as_it_was():
-    for source in named('AdamW'), torch.optim.AdamW:
+    for source in optim.AdamW, torch.optim.AdamW:
         saved = trained(source)[0].state_dict()
         saved['state']['tokens'] = {'a': [1]}
         before = copy.deepcopy(saved)
-        opt, ps = trained(named('AdamW'))
+        opt, ps = trained(optim.AdamW)
         opt.load_state_dict(saved)
         train(opt, ps)
         opt.state['tokens']['a'].append(2)
