@@ -19,6 +19,7 @@ from optimizers_explained.problems import max_diff
 from optimizers_explained.trust import lars, trust
 
 pytestmark = [pytest.mark.filterwarnings('ignore:You are using weight_decay'),     # optimi's
+              pytest.mark.filterwarnings('ignore:lr=.* is above lr0'),              # some schedules climb
               pytest.mark.filterwarnings('ignore:fused=True, and still')]           # some rows ask for what has no kernel; which, is tested in test_fused
 SKIP = 'is not installed: its optimizers are no reference'
 timm = pytest.importorskip('timm.optim', reason=f'timm {SKIP}')
@@ -356,8 +357,8 @@ def test_a_step_that_changes_the_gradient():
 
 
 @pytest.mark.parametrize('make,words', [
-    (lambda w: optim.DecoupledSGDW([w]), ['lr']),                              # Python's own sentence
-    (lambda w: optim.LARS([w]), ['lr']),
+    (lambda w: optim.DecoupledSGDW([w]), ['lr is missing', 'DecoupledSGDW', 'lr=...']),
+    (lambda w: optim.LARS([w]), ['lr is missing', 'LARS', 'lr=...']),
     (lambda w: optim.LARS([w], lr=1., nesterov=True), ['nesterov', 'momentum']),
     (lambda w: optim.LARS([w], lr=1., trust_coeff=-1.), ['trust_coeff', '-1.0']),
     (lambda w: StepOptimizer([w], [sgd]), ['lr is missing', 'sgd', 'lr=...']),
