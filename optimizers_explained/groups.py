@@ -113,8 +113,8 @@ class TimmLars(StepOptimizer):
                          fused=fused, debug=debug)
 
 class TimmLamb(StepOptimizer):
-    """timm's `Lamb`: the gradient of the whole model is shortened first; LAMB for groups
-    with weight decay, Adam for the others. Each parameter counts its own steps."""
+    """timm's `Lamb`: the gradient of the whole model is shortened first; LAMB for
+    groups with weight decay, Adam for the others. Each parameter counts its steps."""
     def __init__(self,
         params: Params, # parameters, or groups of them
         lr: float | Tensor = 1e-3, # a layer moves by this share of its size, >= 0
@@ -169,8 +169,8 @@ def register_timm() -> list: # the names that timm's factory knows now
     infos = []
     for name, cls in AS_TIMM.items():
         theirs = registry.get_optimizer_info(name)
-        what = f"timm's {name!r}, made of steps"
-        infos.append(replace(theirs, name=f'oe_{name}', opt_class=cls, description=what))
+        changed = dict(opt_class=cls, description=f"timm's {name!r}, made of steps")
+        infos.append(replace(theirs, name=f'oe_{name}', **changed))
     for name, cls in AS_OURS.items():
         takes = inspect.signature(cls).parameters
         has = {f'has_{k}': k in takes for k in ('eps', 'momentum', 'betas')}
