@@ -260,6 +260,7 @@ def check_kind(
 def _check_hypers(opt, names, i, group):
     known, where = opt.defaults, f'group {i} of the checkpoint has'
     needed = [k for k, v in known.items() if k == 'amsgrad' or not isinstance(v, bool)]
+    needed = [k for k in needed if k != 'lr0']     # which `prepare` fills in
     missing = [k for k in needed if k not in group and group['params']]
     if missing: raise ValueError(
         f"{where} no {missing[0]}, which this optimizer needs: "

@@ -26,6 +26,7 @@ import torch
 from fastcore.basics import is_iter, patch
 from torch import Tensor, distributed
 from .basic import check_nonnegative
+from .checks import warn_above_lr0
 
 # %% ../nbs/04_composer.ipynb #04c0de02
 def _is_number(value):
@@ -58,6 +59,7 @@ log = logging.getLogger(__name__)
 
 class Decoupled(torch.optim.Optimizer):
     "Base of both: weight decay relative to `lr0`, the `lr` its group was added with."
+    warned = False # whether it has been said that an lr is above its lr0
     def __init__(self,
         params, # parameters, or groups: dictionaries with `'params'` and any of `defaults`
         defaults:dict, # hyperparameters with their values, `lr` and `weight_decay` among them
@@ -105,6 +107,7 @@ class Decoupled(torch.optim.Optimizer):
             with torch.enable_grad(): loss = closure()
         todo = [(group, self.moving(group)) for group in self.param_groups]
         for i, (group, params) in enumerate(todo): self.check_step(i, group, params)
+        if not self.warned: self.warned = warn_above_lr0(self.param_groups)
         for group, params in todo: self._update(group, params)
         return loss
 

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -521,3 +522,21 @@ def test_warning(caplog):
     DecoupledSGDW([param()], lr=0.1, weight_decay=1e-3)
     DecoupledAdamW([param()], weight_decay=0.01)
     assert [r.levelname for r in caplog.records] == ['WARNING', 'WARNING'] and 'weight_decay=0.01' in caplog.text
+
+
+@pytest.mark.parametrize('make', [DecoupledSGDW, DecoupledAdamW])
+def test_a_rate_above_lr0_is_said_once(make):
+    "OneCycleLR lifts a rate that was never meant, and the decay with it."
+    def warned(lr, weight_decay=1e-4):
+        p = torch.nn.Parameter(torch.ones(2))
+        opt = make([p], lr=lr, weight_decay=weight_decay)
+        sched = torch.optim.lr_scheduler.OneCycleLR(opt, 0.3, total_steps=10, cycle_momentum=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            for _ in range(9):
+                p.grad = torch.ones(2)
+                opt.step(), sched.step()
+        return [str(w.message) for w in caught]
+    said, = warned(1e-3)
+    assert 'is above lr0=0.001' in said and 'give that as lr0' in said
+    assert warned(0.3) == [] == warned(1e-3, weight_decay=0)

@@ -310,13 +310,9 @@ class rate_of_the_first_step(StepOptimizer):
         super().run({**group, 'lr': rate}, params, grads)
 
 @fault('SGD', 'runs compiled')
-class half_a_step_when_compiled(StepOptimizer):
-    def zero_grad(self, set_to_none=True):
-        self.compiled = torch.compiler.is_compiling()
-        super().zero_grad(set_to_none)
-    def run(self, group, params, grads):
-        lr = group['lr']/2 if getattr(self, 'compiled', False) else group['lr']
-        super().run({**group, 'lr': lr}, params, grads)
+class no_step_when_compiled(StepOptimizer):
+    def step(self, closure=None):
+        if not torch.compiler.is_compiling(): return super().step(closure)
 
 @fault('SGD', 'follows a change of dtype')
 class dtype_of_the_first_step(StepOptimizer):
