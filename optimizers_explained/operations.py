@@ -3,7 +3,7 @@
 ```python
 from optimizers_explained.operations import OPS
 
-OPS['lerp']('v0', 'v1', 'c0')
+OPS['lerp'].write('v0', 'v1', 'c0')
 ```
 
 Docs: https://optimizers-explained.github.io/optimizers_explained/operations.html.md"""
@@ -106,7 +106,7 @@ def unchanged(
     if now is then: return True
     if type(now) is not type(then): return False
     try:
-        if isinstance(then, float): return _same_float(now, then)
+        if isinstance(then, float): return _same_float(float(now), float(then))
         if isinstance(then, dict): return unchanged([*now.items()], [*then.items()])
         if not isinstance(then, (tuple, list)): return bool(now == then)
         return len(now) == len(then) and all(map(unchanged, now, then))
@@ -335,7 +335,7 @@ OPS = {
     'exp': Row(lambda input: f'exp({input})', masks='floats'),
     'log': Row(lambda input: f'log({input})', masks='floats'),
     'pow': Row(lambda input, exponent: f'pow({input}, {exponent})',
-               cases=('exponent', POWERS)),
+               cases=('exponent', POWERS), rounds=True),
     'addcmul': Row(_addcmul),
     'addcdiv': Row(_addcdiv, beside=False),
     'lerp': Row(_lerp, beside=False),
@@ -361,12 +361,12 @@ OPS = {
     'zeros_like': Row(lambda input, *, dtype=None: 'T(0)', gives='own'),
     'ones_like': Row(lambda input, *, dtype=None: 'T(1)', gives='own'),
     # true or false
-    'lt': Row(lambda input, other: f'{input} < {other}', gives='mask'),
-    'le': Row(lambda input, other: f'{input} <= {other}', gives='mask'),
-    'gt': Row(lambda input, other: f'{input} > {other}', gives='mask'),
-    'ge': Row(lambda input, other: f'{input} >= {other}', gives='mask'),
-    'eq': Row(lambda input, other: f'{input} == {other}', gives='mask'),
-    'ne': Row(lambda input, other: f'{input} != {other}', gives='mask'),
+    'lt': Row(lambda input, other: f'{input} < {other}', gives='mask', rounds=True),
+    'le': Row(lambda input, other: f'{input} <= {other}', gives='mask', rounds=True),
+    'gt': Row(lambda input, other: f'{input} > {other}', gives='mask', rounds=True),
+    'ge': Row(lambda input, other: f'{input} >= {other}', gives='mask', rounds=True),
+    'eq': Row(lambda input, other: f'{input} == {other}', gives='mask', rounds=True),
+    'ne': Row(lambda input, other: f'{input} != {other}', gives='mask', rounds=True),
     'logical_and': Row(AND, takes='truth', gives='mask'),
     'logical_or': Row(OR, takes='truth', gives='mask'),
     'logical_not': Row(lambda input: f'{input} == 0', takes='truth', gives='mask'),
