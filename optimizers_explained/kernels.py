@@ -154,8 +154,8 @@ class Cpp(Writer):
     "For the CPU: a loop per phase over chunks of all tensors; half precision is rounded after every operation, as torch does."
     types = {torch.float32: dict(T='float', S='float', convert=PLAIN), torch.float64: dict(T='double', S='double', convert=PLAIN),
              torch.bfloat16: dict(T='float', S='uint16_t', convert=BFLOAT16 + ROUNDED), torch.float16: dict(T='float', S='_Float16', convert=PLAIN + ROUNDED)}
-    known = {'where', 'atleast', 'atmost', 'maximum', 'minimum', 'get', 'put', 'reduction',
-             'int64_t'}
+    known = {'where', 'atleast', 'atmost', 'maximum', 'minimum', 'get', 'put',
+             'reduction', 'int64_t'}
     def _pointer(self, a): return f'S* __restrict__ {self.names[a]} = args[{a}][i] + first[k];'
     def _load(self, i): return f'const T v{i} = get({self.names[i]}[j]);'
     def _let(self, i, code): return f'const T v{i} = R({code});' if self.dtype in HALF else f'const T v{i} = {code};'

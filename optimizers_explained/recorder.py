@@ -50,7 +50,7 @@ UNKNOWN = 'the value of a tensor is not known before a kernel runs'
 WHICH = 'which tensor this is, is not known before a kernel runs'
 
 class Value(TensorLike, Tensor):
-    "A tensor that is only written down: every operation on it becomes a node of its tape."
+    "A tensor that is only written down: an operation on it becomes a node of its tape."
     __slots__ = 'tape', 'id'
     @staticmethod
     def __new__(cls,
@@ -116,7 +116,7 @@ def attribute(
 class Tape(Ledger):
     "What the steps do, written down: Python source for numbers, nodes for tensors."
     def __init__(self,
-        like:Tensor, # a parameter, whose type, device and dimensions the steps may ask for
+        like:Tensor, # a parameter: steps may ask for its type, device and dimensions
         names, # of the tensors: 'p', 'g' and those in the state
     ):
         super().__init__()
@@ -221,9 +221,9 @@ class Tape(Ledger):
 
     def attribute_of(self, value, name):
         "What somebody has written on the parameter."
-        if name.startswith('__'): raise AttributeError(name)      # asked by Python itself
+        if name.startswith('__'): raise AttributeError(name)      # Python itself asks
         if value is not self.values[0]:
-            if name == '_is_param': raise AttributeError(name)    # asked by torch's Parameter
+            if name == '_is_param': raise AttributeError(name)    # Parameter asks
             self.refuse(f'.{name} is not known before a kernel runs')
         found = self.asked.setdefault(name, attribute(self.like, name))
         if found is ABSENT and not hasattr(type(self.like), '__getattr__'):
@@ -264,7 +264,8 @@ def _fact(func, args):
 
 def _is_torchs(name, func): # and not a function of the same name elsewhere
     if func is None or getattr(func, '__module__', None) == '_operator': return True
-    return any(func == getattr(m, name, None) for m in (Tensor, torch, torch._C._linalg))
+    places = Tensor, torch, torch._C._linalg
+    return any(func == getattr(place, name, None) for place in places)
 
 def _needs(code): return tuple(int(i) for i in re.findall(r'\bv(\d+)\b', code))
 
@@ -281,10 +282,11 @@ class Call:
     ):
         self.tape, self.name = tape, name
         self.row, arguments = _case(row, arguments)
-        self.dtype = arguments.get('dtype')
-        self.arguments = {k: v for k, v in arguments.items() if v is not None and k != 'dtype'}
+        self.arguments = {k: v for k, v in arguments.items() if v is not None}
+        self.dtype = self.arguments.pop('dtype', None)
         for k, v in self.arguments.items(): self._check(k, v)
-        if (k := self.row.negates) in self.arguments: self.arguments[k] = -self.arguments[k]
+        negated = self.row.negates
+        if negated in self.arguments: self.arguments[negated] = -self.arguments[negated]
         used = [v for v in self.arguments.values() if type(v) is Value]
         self.nodes = [tape.node_of(v) for v in used]
         # what has a say in the type of the result: not `alpha`, `value` or a condition
@@ -306,9 +308,10 @@ class Call:
     def _check(self, parameter, x):
         if type(x) is Value:
             if x.tape is not self.tape: self._refuse('of tensors of two recordings')
-        elif type(x) is bool and parameter == 'alpha': self.tape.refuse_arguments(self.name)
         elif not _is_coefficient(x):
             if isinstance(x, Tensor): self.tape.refuse(FOREIGN)
+            self.tape.refuse_arguments(self.name)
+        elif type(x) is bool and parameter == 'alpha':
             self.tape.refuse_arguments(self.name)
 
     def _typed(self): # an expression, and whether it is true or false
@@ -326,7 +329,7 @@ class Call:
         if masks and not row.beside: self._refuse('of masks and numbers')
         return self._by_number(), row.gives == 'mask'
 
-    def _of_masks(self): # where no tensor is a number, torch's result depends on the numbers
+    def _of_masks(self): # where no tensor has numbers, the plain numbers decide
         row, numbers = self.row, [v for v in self.operands if not self.tape.is_mask(v)]
         has_float = any(isinstance(v, float) for v in numbers)
         if row.gives == 'mask':
@@ -354,9 +357,12 @@ class Call:
         return (f'({code}) != 0', True) if logical else (code, False)
 
     def _by_number(self):
-        terms = {k: self.tape.as_truth(v) if k == 'condition' else
-                 self.tape.as_number(v, self.row.rounds) for k, v in self.arguments.items()}
+        terms = {k: self._term(k, v) for k, v in self.arguments.items()}
         return self.row.write(**terms)
+
+    def _term(self, parameter, x):
+        if parameter == 'condition': return self.tape.as_truth(x)
+        return self.tape.as_number(x, self.row.rounds)
 
     def _by_truth(self, write):
         return write(**{k: self.tape.as_truth(v) for k, v in self.arguments.items()})
@@ -440,7 +446,7 @@ def _id(x): # `id` as long as steps are recorded
 
 # %% ../nbs/10b_recorder.ipynb #552b5ac0
 class Recording:
-    "Steps as a kernel needs them: Python for the numbers of each step, nodes for the rest."
+    "Steps as a kernel needs them: Python for the numbers, nodes for the rest."
     def __init__(self,
         tape:Tape, # after the steps
         stores:dict, # `{argument: node}`: what is written back
@@ -464,7 +470,7 @@ class Recording:
     ): # the coefficients of the kernel, and the numbers in the state after the step
         "The numbers of a step; `None` where the recording does not hold."
         if self.asked and like is None:
-            raise Unfusable(f'a step asks for .{next(iter(self.asked))} of its parameter')
+            raise Unfusable(f'a step asks for .{[*self.asked][0]} of its parameter')
         if not all(unchanged(attribute(like, k), v) for k, v in self.asked.items()):
             return None
         try: return self._numbers(H, N)
@@ -488,8 +494,7 @@ def record(
     numbers:dict, # everything else in it
 ) -> Recording: # `reason`: None for a kernel, '' if not this once, else a sentence
     "Run the steps on stand-ins that write down what happens to them."
-    names = [f"s{i}_{re.sub('[^a-zA-Z0-9]', '_', str(k))}" for i, k in enumerate(tensors)]
-    tape, after, stores = Tape(like, ['p', 'g', *names]), {}, {}
+    tape, after, stores = Tape(like, ['p', 'g', *_names(tensors)]), {}, {}
     hypers = {k: v for _, h in calls for k, v in h.items()}
     try:
         state = _read_state(tape, tensors, numbers)
@@ -505,27 +510,35 @@ def record(
     changing = 'the steps ask for something that is never the same'
     return Recording(tape, {}, {}, changing if reason is None else reason)
 
+def _names(tensors): # that are names in any language, whatever the keys are
+    plain = [re.sub('[^a-zA-Z0-9]', '_', str(k)) for k in tensors]
+    return [f's{i}_{name}' for i, name in enumerate(plain)]
+
 def _read_state(tape, tensors, numbers):
     if shadows := [k for k in vars(tape.like) if hasattr(Value, k)]:
-        tape.refuse(f'the parameter has an attribute of its own that hides .{shadows[0]}')
+        tape.refuse(f'an attribute written on the parameter hides .{shadows[0]}')
     state = dict(zip(tensors, tape.values[2:]))
     for k, v in numbers.items():
-        if type(k) not in (str, int): tape.refuse(f'the state has a key that is no text: {k!r}')
+        if type(k) not in (str, int):
+            tape.refuse(f'the state has a key that is no text: {k!r}')
         state[k] = tape.read(f'N[{k!r}]', v, f'state[{k!r}]')
     if tape.loans: tape.refuse(f'{tape.loans[0].name} can be changed in place')
     return state
 
 def _read_hypers(tape, hypers):
-    return {k: tape.read(f'H[{k!r}]', v, f'hyperparameter {k}') for k, v in hypers.items()}
+    def read(k): return tape.read(f'H[{k!r}]', hypers[k], f'hyperparameter {k}')
+    return {k: read(k) for k in hypers}
 
 def _rehearse(tape, calls, hypers, state):
     "Run the steps; whatever goes wrong is `Unfusable`, with the name of the step."
     p, g = tape.values[:2]
     with symbolic_math(), mock.patch('builtins.id', _id), torch.no_grad():
         for f, names in calls:
-            try: d = _watched(tape, f, p, g, state, {k: hypers[k] for k in names})
-            except Exception as e: raise Unfusable(f'step {name_of(f)}: {_said(e)}') from e
-            g = g if d is None else d
+            own = {k: hypers[k] for k in names}
+            try: d = _watched(tape, f, p, g, state, own)
+            except Exception as e:
+                raise Unfusable(f'step {name_of(f)}: {_said(e)}') from e
+            if d is not None: g = d
 
 def _watched(tape, f, p, g, state, hypers):
     dice = Dice()
@@ -533,7 +546,7 @@ def _watched(tape, f, p, g, state, hypers):
         with Watch(tape): d = f(p, g, state, **hypers)
         if dice.moved(): tape.refuse('it draws random numbers')
     finally: dice.restore()
-    if tape.refusals: raise Unfusable(tape.refusals[0])      # the step went on all the same
+    if tape.refusals: raise Unfusable(tape.refusals[0])      # the step has caught it
     for loan in tape.loans:
         if not unchanged(loan.given, loan.copy): tape.refuse(f'it changes {loan.name}')
     if d is None: return None

@@ -26,22 +26,23 @@ from .recorder import HALF
 
 # %% ../nbs/10ca_triton.ipynb #c4cea215
 BLOCK = 1024 # elements of one program on a GPU
-# Triton has no power. In float64 a logarithm is exact enough for a float32, signs come extra
+# Triton has no power. A logarithm in float64 is exact enough, and signs come extra
 POW = """a, b = tl.abs(x).to(tl.float64), y.to(tl.float64)
     half = b*0.5
     whole, odd = tl.floor(b) == b, tl.floor(half) != half
     negative = (x < 0) | ((x == 0) & (1/x < 0))
     size = tl.where((a == 1) & (b == b), 1., tl.exp(b*tl.log(a)))
     signed = tl.where(negative & whole & odd, -size, size)
-    real = tl.where((x < 0) & (a < float('inf')) & (tl.abs(b) < float('inf')) & (whole == 0),
-                    float('nan'), signed)
+    inside = (a < float('inf')) & (tl.abs(b) < float('inf'))
+    real = tl.where((x < 0) & inside & (whole == 0), float('nan'), signed)
     return tl.where((b == 0) | (x == 1), 1., real).to(tl.{T})"""
 TRITON = 'import triton\nimport triton.language as tl\n{functions}{phases}'
 FUNCTIONS = dict( # what expressions call: arguments, body
     T=('x', 'return tl.full((), x, tl.{T})'), R=('x', 'return x.to(tl.{S}).to(tl.{T})'),
     sqrt=('x', 'return tl.{sqrt}(x)'), exp=('x', 'return tl.exp(x)'),
     log=('x', 'return tl.log(x)'), abs=('x', 'return tl.abs(x)'),
-    fma=('x, y, z', 'return tl.fma(x, y, z)'), where=('c, x, y', 'return tl.where(c, x, y)'),
+    fma=('x, y, z', 'return tl.fma(x, y, z)'),
+    where=('c, x, y', 'return tl.where(c, x, y)'),
     atleast=('x, low', 'return tl.where((x >= low) | (x != x), x, low)'),
     atmost=('x, high', 'return tl.where((x <= high) | (x != x), x, high)'),
     maximum=('x, y', 'return tl.where((x > y) | (x != x), x, y)'),
