@@ -147,11 +147,11 @@ class StepOptimizer(torch.optim.Optimizer):
 
     def prove(self, bound, p, g, state):
         "Run the steps for the first time: where one fails, or leaves in the state what it may not, everything is put back."
-        before = Snapshot(p, state)
+        before, known = Snapshot(p, state), bool(state)
         try:
             for f, step in bound:
                 d = step(p, g, state)
-                if d is not None: g = check_update(f, d, p)
+                if d is not None: g = d if known else check_update(f, d, p)
                 check_state(state, f)
         except BaseException as e:
             before.restore()

