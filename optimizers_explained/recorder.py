@@ -62,7 +62,10 @@ class Value(TensorLike, Tensor):
         dtype = torch.bool if node.logical else tape.dtype
         return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device='meta')
 
-    def __init__(self, tape, id):
+    def __init__(self,
+        tape, # the `Tape`
+        id:int, # number of its node; an in-place operation changes it
+    ):
         object.__setattr__(self, 'tape', tape)
         self.become(id)
 
@@ -151,7 +154,11 @@ class Tape(Ledger):
         self.nodes.append(node)
         return Value(self, len(self.nodes) - 1)
 
-    def node_of(self, value): return self.nodes[value.id]
+    def node_of(self,
+        value, # a `Value`
+    ) -> Node:
+        "The line that gave a value."
+        return self.nodes[value.id]
 
     def _assign(self, target, node, name):
         if target is self.values[1]: self.refuse(f'{name} changes the gradient')

@@ -238,17 +238,17 @@ print(p.tolist(), len(caught), caught[0].message)
     (lambda p, g, state: g*g.norm().item(), 'item has no fused form'), (lambda p, g, state: -g if g.sum() > 0 else g, 'the value of a tensor is not known'),
     (lambda p, g, state: g/len(g), 'the value of a tensor is not known'), (lambda p, g, state: g*p.shape[0], '.shape is not known'),
     (lambda p, g, state: g*torch.ones(4, 4), 'neither p, g nor in the state'), (lambda p, g, state: g*torch.rand(()).item(), 'neither p, g nor in the state'),
-    (lambda p, g, state: g*time.perf_counter(), 'do something else each time'),
+    (lambda p, g, state: g*time.perf_counter(), 'gives something else at every call'),
     (lambda p, g, state: torch.stack([g, g])[0], 'stack has no fused form'), (lambda p, g, state: state.__setitem__('old', g), 'is a second name of another tensor')])
 def test_what_has_no_kernel(step, reason):
     a, b = with_grads(), with_grads()
     torch.manual_seed(0)
     told = warned(StepOptimizer(a, [step, sgd], lr=0.1, fused=True))
-    assert len(told) == 1 and reason in told[0] and ('step <lambda>' in told[0]) == (not reason.startswith(('do', 'is')))
+    assert len(told) == 1 and reason in told[0] and ('step <lambda>' in told[0]) == (not reason.startswith('is'))
     torch.manual_seed(0)
     other = StepOptimizer(b, [step, sgd], lr=0.1)
     for _ in range(3): other.step()
-    if not reason.startswith('do'): assert max_diff(a, b) == 0.
+    if 'at every call' not in reason: assert max_diff(a, b) == 0.
 
 
 def asks_type(p, g, state, *, weight_decay=0.1): return g + weight_decay*p if isinstance(weight_decay, float) else g
