@@ -1,5 +1,5 @@
 """Every row of the operations table against torch: each is called in every way that
-torch has for it, on numbers and masks, and gives torch's value or is refused in words."""
+torch has, on numbers and masks, and gives torch's value or is refused in words."""
 import inspect
 import itertools
 import operator
@@ -67,7 +67,8 @@ CHOICES = dict( # where fewer do
     exponent=('k', 'y', 'n', 's', 0, 1, 2, 3, 0.5, -0.5, -1, -2, -2., 1.5, True))
 OPERATORS = dict(add='add', sub='sub', mul='mul', div='truediv', pow='pow',
                  bitwise_and='and_', bitwise_or='or_', bitwise_not='invert',
-                 neg='neg', abs='abs', lt='lt', le='le', gt='gt', ge='ge', eq='eq', ne='ne')
+                 neg='neg', abs='abs', lt='lt', le='le', gt='gt', ge='ge',
+                 eq='eq', ne='ne')
 
 def arguments(row):
     "Every choice of arguments for a row: `{parameter: what}`."
@@ -115,7 +116,7 @@ def cases_of(name, row, chosen):
     if row == 'linalg_vector_norm': f = torch.linalg.vector_norm
     if f and row != 'Tensor.where':
         yield case('function', call, f, chosen, by_name=keywords)
-        if not is_second: yield case('function by name', call, f, chosen, by_name=chosen)
+        if not is_second: yield case('named function', call, f, chosen, by_name=chosen)
     if name in OPERATORS and len(chosen) == len(positional):
         op = getattr(operator, OPERATORS[name])
         yield case('operator', call, op, chosen)
@@ -235,7 +236,7 @@ def differ(want, got, tolerance):
     return ~(close & same_sign | want.isnan() & got.isnan())
 
 KS = {'float': FLOATS, 'int': (7, 0, -1, 3), 'True': (True,), 'False': (False,)}
-CLOSE = 'sqrt', 'rsqrt', 'exp', 'log', 'pow' # libraries compute them, to the last digits
+CLOSE = 'sqrt', 'rsqrt', 'exp', 'log', 'pow' # libraries compute them, nearly alike
 def exactness(row, dtype):
     info = torch.finfo(dtype)
     return Tolerance(16*info.eps, 16*info.tiny) if row in CLOSE else Tolerance()
