@@ -107,12 +107,12 @@ class Memo:
         found = self.programs.setdefault(key, [])
         for program in found:
             if program.watched != watched: continue
-            if held := _hold(program, hypers, numbers): return held
+            if held := _hold(program, hypers, numbers, like): return held
         if len(found) >= LIMIT: raise Unfusable('the steps ask for the value of a number that keeps changing')
         program = Program(calls, like, tensors, numbers)
         program.watched = watched
         found.insert(0, program)
-        held = _hold(program, hypers, numbers) if program.reason is None else Held(program)
+        held = _hold(program, hypers, numbers, like) if program.reason is None else Held(program)
         if held is None:
             program.reason = 'what the steps ask of a number does not hold right after it was asked'
             return Held(program)
@@ -133,8 +133,8 @@ def _reason(steps, found): # the first one, with the name of its step
 
 def _same(xs, ys): return len(xs) == len(ys) and all(map(operator.is_, xs, ys))
 
-def _hold(program, hypers, numbers): # a `Held`, or `None` where a guard does not hold
-    try: out = program.numbers(hypers, numbers)
+def _hold(program, hypers, numbers, like): # a `Held`, or `None` where a guard does not hold
+    try: out = program.numbers(hypers, numbers, like)
     except Exception: return None           # 1/0, the root of -1, a number that is none any more
     return None if out is None else Held(program, *out)
 

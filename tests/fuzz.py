@@ -130,7 +130,7 @@ W  3 {V} / 2 {N} / {M}
 M  4 ({K} > {N}) / ({K} <= {K}) / ({M} & {M}) / ({M} | {M}) / (~{M}) / 2 {mask} /
    6 {call_M}
 I  {K} / {M}
-S  2 raw.sum() / 2 raw.mean() / 2 raw.norm() / 2 {call_S}
+S  raw.sum() / raw.mean() / raw.norm() / raw.norm(1) / raw.norm(p='fro') / 2 {call_S}
 K exact  {T}
 K rough  raw
 Z exact  {T}
@@ -142,7 +142,7 @@ ratio rough  ({N}/{P})
 N  6 {L} / 6 {number} / ({N}*{N}) / (1 - {N}) / ({N} + {N}) / ({N}/{number}) /
    math.sqrt(abs({N})) / max({N}, {N}) / ({N} if {Q} else {N}) / 2 {O}
 L  0.5 / 0.25 / 2 / 1.5 / -0.5 / 1 / 0.125 / -1
-E  3 / 0.5 / 1.5 / -1 / 2.
+E  3 / 0.5 / 1.5 / -1 / 2. / -0.5 / -2 / 0 / 1
 odd  2 nan / inf / -inf / 0 / -0. / 2 False / 2 True
 tiny  1e-40 / -1e-310 / -0. / nan / inf / -inf
 Q  4 {number} > {L} / 3 state['t'] % 2 == 0 / 3 state['t'] < 3 / 2 on / p.ndim > 1 /
@@ -195,6 +195,7 @@ random  2 state['draws'] = state.get('draws', 0) + int(random.random() < 0.5) /
 global  g = g*KNOB / if KNOB > 2: {update} / p.mul_(KNOB/4)
 unknown  g = g.sort(-1).values if g.ndim else g / g = g.masked_fill({M}, {L}) /
    g = torch.relu(g) / m0.copy_({M}) / g = g*torch.tensor(0.5) /
+   g = g*{M}.float() / g = g + {M}.double() / m0 = {K}.bool() /
    g = g*raw.norm().item() / if raw.sum() > 0: g = -g / torch.mul(g, 2, out={state}) /
    g = torch.stack([g, p]).mean(0) / torch.add(g, p, alpha={L}, out={state})
 """)
@@ -263,8 +264,9 @@ all T | fill | input:T value:N
 all T | copy | input:T src:T
 all T | .to | input:M dtype:g.dtype
 all T | .type_as | input:M other:V
-all M | lt le gt ge eq ne greater less greater_equal less_equal not_equal | input:K other:N
-exact M | lt le gt ge eq ne greater less greater_equal less_equal not_equal | input:K other:T
+all M | lt le gt ge eq ne | input:K other:N
+all M | greater less greater_equal less_equal not_equal | input:K other:N
+exact M | lt le gt ge eq ne greater less | input:K other:T
 all M | logical_and logical_or | input:I other:I
 all M | logical_not | input:I
 all M | bitwise_and bitwise_or | input:M other:M
@@ -571,7 +573,7 @@ class Child:
     def __init__(self, text):
         self.pipe, there = FORK.Pipe(duplex=False)
         self.text, self.until = text, time.monotonic() + LIMIT
-        self.process = FORK.Process(target=answer, args=(there, text))
+        self.process = FORK.Process(target=answer, args=(there, text), daemon=True)
         self.process.start()
         there.close()
 
@@ -591,13 +593,16 @@ class Child:
 def outcomes(texts, jobs=1):
     "Pairs of a program and what came of it."
     texts, running = iter(texts), []
-    while True:
-        running += map(Child, itertools.islice(texts, jobs - len(running)))
-        if not running: return
-        wait([child.pipe for child in running], timeout=1)
-        for child in [child for child in running if child.is_done()]:
-            running.remove(child)
-            yield child.text, child.outcome()
+    try:
+        while True:
+            running += map(Child, itertools.islice(texts, jobs - len(running)))
+            if not running: return
+            wait([child.pipe for child in running], timeout=1)
+            for child in [child for child in running if child.is_done()]:
+                running.remove(child)
+                yield child.text, child.outcome()
+    finally:
+        for child in running: child.process.kill()
 
 
 # --- smaller programs that fail in the same way
@@ -668,8 +673,9 @@ class Report:
 
     def blind(self):
         "Kinds of which too many programs did not run as they should."
+        many = [(kind, of) for kind, of in self.kinds().items() if len(of) > 9]
         return [f'{share(of, field):.0%} {field}: {kind}'
-                for kind, of in self.kinds().items() if len(of) > 9 and kind not in HINDERED
+                for kind, of in many if kind not in HINDERED
                 for field, most in SHARES.items() if share(of, field) > most]
 
     def __str__(self):
