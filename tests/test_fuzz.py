@@ -1,4 +1,4 @@
-"""The fuzzer: new programs every time, for a minute; and what it finds if it is planted.
+"""The fuzzer: new programs every time, for half a minute; and what it finds if it is planted.
 
 `FUZZ_SEED` repeats a run, `FUZZ_SECONDS` changes its length."""
 import itertools
@@ -15,7 +15,7 @@ from optimizers_explained.multi_tensor import PIECE
 
 def test_new_programs(capsys):
     seed = int(os.environ.get('FUZZ_SEED') or random.randrange(2**32))
-    seconds, report = float(os.environ.get('FUZZ_SECONDS', 60)), fuzz.Report()
+    seconds, report = float(os.environ.get('FUZZ_SECONDS', 30)), fuzz.Report()
     for report in fuzz.fuzz(fuzz.programs(seed), seconds):
         if report.failures: break
     with capsys.disabled(): print(f'\nFUZZ_SEED={seed}', report, sep='\n')

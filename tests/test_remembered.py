@@ -202,6 +202,28 @@ def test_weights_in_the_same_memory(meet, at, way):
     assert run(**WAYS[way]) != untied
 
 
+@pytest.mark.parametrize('way', FAST)
+@pytest.mark.parametrize('late', [0, 1])
+def test_a_kernel_beside_the_loop(late, way):
+    "One of two tied weights joins later, and Python makes its first step: in the order of the group."
+    def run(**way):
+        a, b = ones(4, 4)
+        opt = StepOptimizer([a, b], [decay, momentum, sgd], lr=0.25, momentum=0.5, weight_decay=0.5, **way)
+        for t in range(4):
+            a.grad, b.grad = None, None
+            b.data = a.data
+            with_grads([a, b], 1. + t)
+            if t == 0: (a, b)[late].grad = None
+            opt.step()
+        return a.tolist(), [opt.state[p]['momentum_buffer'].tolist() for p in (a, b)]
+    def apart(**way):
+        ps = with_grads(ones(4, 4))
+        opt = StepOptimizer(ps, [decay, momentum, sgd], lr=0.25, momentum=0.5, weight_decay=0.5, **way)
+        for _ in range(4): opt.step()
+        return ps[0].tolist()
+    assert run(**WAYS[way]) == run(**WAYS['loop']) and run(**WAYS[way])[0] != apart(**WAYS[way])
+
+
 def test_tied_weights_race_in_no_kernel():
     "Two threads must not step the same memory, in no step after the one that noticed."
     a, b = ones(60_000, 60_000)
