@@ -168,7 +168,7 @@ def _of_module(module, names):
     if not _is_fixed(module): return found
     return [(n, v) for n, v in found if _tells(v) or _is_part(v, module)]
 
-def _tells(value): return _varies(value) or any(value is f for f in (*WHO, *UNREADABLE))
+def _tells(value): return _varies(value) or any(value is f for f in (*WHO, *KIND, *UNREADABLE))
 
 def _is_part(value, module): # of a library
     if not isinstance(value, ModuleType): return False
