@@ -13,11 +13,12 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/fused.html.md"
 
 # %% auto #0
 __all__ = ['BACKENDS', 'LIMIT', 'Program', 'Held', 'Memo', 'touch', 'Launch', 'prepare', 'has_memory', 'written_by',
-           'check_apart', 'run_kernels', 'acts_by_element', 'is_large', 'in_rows', 'takes_lists', 'states_of',
-           'batches_of', 'are_tied', 'run_list', 'run_alone', 'run_together']
+           'check_apart', 'run_kernels', 'acts_by_element', 'is_large', 'in_rows', 'states_of', 'batches_of',
+           'are_tied', 'run_list', 'run_alone', 'run_together']
 
 # %% ../nbs/10e_fused.ipynb #211fca0e
 import operator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ class Held(NamedTuple):
 class Memo:
     "What an optimizer need not find out again at the next step. It holds no tensor of parameters or states."
     def __init__(self):
-        self.plans, self.programs, self.told, self.proven = {}, {}, set(), False
+        self.plans, self.programs, self.told = {}, {}, set()
         self.steps, self.outside, self.names = [], [], frozenset()
         self.alone = self.unrecordable = None            # why lists, or kernels, cannot run the steps
 
@@ -271,13 +272,6 @@ def in_rows(
     batch.set_numbers({k: part[k] for k in batch.bucket.numbers})
 
 # %% ../nbs/10e_fused.ipynb #6c6ae0ac
-def takes_lists(
-    opt, # a `StepOptimizer`
-    params, # of one group, those with a gradient
-) -> bool:
-    "Whether Python is to run the steps on lists: if asked for, or by default where all is on CUDA."
-    return all(p.is_cuda for p in params) if opt.foreach is None else bool(opt.foreach)
-
 def states_of(
     opt, # a `StepOptimizer`
     params, # of one group, those with a gradient
@@ -329,19 +323,19 @@ def are_tied(
     return plan.tied
 
 def run_list(
-    memo:Memo, # of the optimizer
+    opt, # a `StepOptimizer`
     run, # `run(p, g, state)`: the steps
     batch:Batch, # to be stepped
 ):
     "Step a batch as a list; the very first parameter of an optimizer alone, which shows what its steps keep."
-    if memo.proven or len(batch.params) == 1: return in_lists(run, batch)
+    if opt.proven or len(batch.params) == 1: return in_lists(run, batch)
     first, others = batch.split()
     before = Snapshot(first.params[0], first.states[0])
     in_lists(run, first)
     try: in_lists(run, others)
     except BaseException:                                  # such as a question with several answers
         before.restore()
-        memo.proven = False
+        opt.proven = False
         raise
 
 def run_alone(
@@ -355,17 +349,17 @@ def run_alone(
 def run_together(
     opt, # a `StepOptimizer`
     calls, # pairs of a step and its hyperparameters by name
-    run, # `run(p, g, state)`: the steps
     params, # of one group, those with a gradient
     grads, # their gradients
 ):
     "Step a group in kernels or lists, and where neither can be, one parameter after the other."
-    memo = opt.memo
+    if opt.memo is None: opt.memo = Memo()
+    memo, run = opt.memo, partial(opt.advance, calls)
     memo.read(calls)
     plan, batches = batches_of(opt, params, grads)
     if opt.fused and memo.unrecordable: memo.tell(memo.unrecordable)
     elif opt.fused: batches = run_kernels(memo, calls, plan, batches)
-    lists = takes_lists(opt, params)
+    lists = opt.takes_lists(params)
     if lists and memo.alone:
         if opt.foreach: memo.tell(memo.alone, 'foreach=True, and still one parameter is stepped after the other')
         lists = False
@@ -375,6 +369,6 @@ def run_together(
         sharded = hasattr(batch.params[0], 'to_local')
         if opt.foreach and lists and is_large(batch.params[0]) and acts_by_element(memo, calls, batch):
             in_rows(run, batch)
-        elif lists or sharded: run_list(memo, run, batch)
+        elif lists or sharded: run_list(opt, run, batch)
         else: alone.append(batch)
     run_alone(run, alone)
