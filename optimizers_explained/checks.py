@@ -20,7 +20,7 @@ __all__ = ['NONNEGATIVE', 'PLAIN', 'NUMERIC', 'ORDINARY', 'KEPT_TYPES', 'takes',
            'is_sequence', 'as_tuple', 'plain', 'plain_group', 'stored', 'alike', 'check_hypers', 'name_of',
            'check_call', 'explained', 'given', 'as_list', 'check_params', 'takes_lr0', 'with_lr0', 'warn_above_lr0',
            'warn_reader', 'check_group', 'check_update', 'Checked', 'Ambiguous', 'check_dense', 'may_be_kept',
-           'check_state', 'Snapshot', 'check_speed', 'check_capture']
+           'check_state', 'Kept', 'Snapshot', 'check_speed', 'check_capture']
 
 # %% ../nbs/09a_checks.ipynb #07836fc3
 import inspect
@@ -296,14 +296,18 @@ def given(
 
 # %% ../nbs/09a_checks.ipynb #593a7391
 def as_list(
-    params, # what the caller gave an optimizer: an iterable of tensors, of named tensors or of groups
+    params, # what an optimizer was given: an iterable of tensors, named ones or groups
 ) -> list: # the same
-    "Raise a `TypeError` for anything that is not an ordered iterable, a `ValueError` if it is empty."
-    if isinstance(params, (Tensor, set, str, dict)) or not hasattr(params, '__iter__'):
-        raise TypeError(f"params must be a list (or another ordered iterable) of tensors or groups, got {type(params).__name__}")
+    """Raise a `TypeError` for anything that is not an ordered iterable, a `ValueError`
+    if it is empty."""
+    unordered = isinstance(params, (Tensor, set, str, dict))
+    if unordered or not hasattr(params, '__iter__'):
+        raise TypeError("params must be a list (or another ordered iterable) of tensors "
+                        f"or groups, got {type(params).__name__}")
     params = list(params)
-    if not params: raise ValueError("params is empty (optimizer got an empty parameter list): "
-                                    "pass at least one tensor or one group")
+    if not params:
+        raise ValueError("params is empty (optimizer got an empty parameter list): "
+                         "pass at least one tensor or one group")
     return params
 
 # %% ../nbs/09a_checks.ipynb #b382d302
@@ -312,19 +316,36 @@ def check_params(
     others:set, # parameters of the other groups
     index:int, # of the group, for messages
 ) -> list: # the same, as a list
-    "Raise a `ValueError` or `TypeError` that says which parameter of a group cannot be optimized, and why."
-    if isinstance(params, set): raise TypeError(f"params of group {index} must have an order: pass a list, got a set")
+    """Raise a `ValueError` or `TypeError` that says which parameter of a group cannot be
+    optimized, and why."""
+    if isinstance(params, set):
+        raise TypeError(f"params of group {index} must have an order: "
+                        "pass a list, got a set")
     params = [params] if isinstance(params, Tensor) else list(params)
     seen = {}
     for i, p in enumerate(params):
-        p, where = p[1] if isinstance(p, tuple) else p, f"params[{i}] of group {index}"
-        if not isinstance(p, Tensor): raise TypeError(f"{where} must be a tensor, got {type(p).__name__}")
-        if not (p.is_leaf or p.retains_grad): raise ValueError(f"{where} must be a leaf tensor, got the result of {p.grad_fn.name()}: pass the parameter itself")
-        if p.is_complex(): raise ValueError(f"{where} must be real, got {p.dtype}: pass torch.view_as_real of it")
-        if p in others: raise ValueError(f"{where} (shape {tuple(p.shape)}) is in another group already: a parameter belongs to one group")
-        if p in seen: raise ValueError(f"{where} (shape {tuple(p.shape)}) is params[{seen[p]}] again: list a shared parameter once, or it is stepped twice")
+        if isinstance(p, tuple): _, p = p                   # named
+        where = f"params[{i}] of group {index}"
+        _check_param(p, where)
+        shaped = f"{where} (shape {tuple(p.shape)})"
+        if p in others:
+            raise ValueError(f"{shaped} is in another group already: "
+                             "a parameter belongs to one group")
+        if p in seen:
+            raise ValueError(f"{shaped} is params[{seen[p]}] again: "
+                             "list a shared parameter once, or it is stepped twice")
         seen[p] = i
     return params
+
+def _check_param(p, where):
+    if not isinstance(p, Tensor):
+        raise TypeError(f"{where} must be a tensor, got {type(p).__name__}")
+    if not (p.is_leaf or p.retains_grad):
+        raise ValueError(f"{where} must be a leaf tensor, got the result of "
+                         f"{p.grad_fn.name()}: pass the parameter itself")
+    if p.is_complex():
+        raise ValueError(f"{where} must be real, got {p.dtype}: "
+                         "pass torch.view_as_real of it")
 
 # %% ../nbs/09a_checks.ipynb #9ac40572
 def takes_lr0(
@@ -382,16 +403,24 @@ def _package(frame): return frame.f_globals.get('__name__', '').partition('.')[0
 def check_group(
     opt, # the optimizer, with `steps`, `defaults` and `param_groups`
     param_group:dict, # as for `torch.optim.Optimizer.add_param_group`
-) -> dict: # a new dictionary: the group with all its hyperparameters, its parameters in a list
-    "Complete a parameter group, or raise a `ValueError` or `TypeError` that says what is wrong with it."
-    index, others = len(opt.param_groups), {p for g in opt.param_groups for p in g['params']}
+) -> dict: # a new one, with all hyperparameters, its parameters in a list
+    """Complete a parameter group, or raise a `ValueError` or `TypeError` that says what is
+    wrong with it."""
+    index = len(opt.param_groups)
     if not isinstance(param_group, dict) or 'params' not in param_group:
-        raise TypeError(f"group {index} must be a dictionary with 'params', got {param_group!r}")
+        raise TypeError(f"group {index} must be a dictionary with 'params', "
+                        f"got {param_group!r}")
+    others = {p for g in opt.param_groups for p in g['params']}
     params = check_params(param_group['params'], others, index)
     for k, v in param_group.items():
         if k in opt.defaults or k in NONNEGATIVE: check_value(k, v, opt.defaults.get(k))
-        elif close := get_close_matches(k, opt.defaults, cutoff=0.85): raise TypeError(f"{k}={v!r} in group {index}: did you mean {close[0]}?")
+        else: _check_spelling(k, v, opt.defaults, index)
     return with_lr0({**opt.defaults, **param_group, 'params': params}, opt.steps)
+
+def _check_spelling(name, value, known, index):
+    close = get_close_matches(name, known, cutoff=0.85)
+    if not close: return
+    raise TypeError(f"{name}={value!r} in group {index}: did you mean {close[0]}?")
 
 # %% ../nbs/09a_checks.ipynb #a4788e74
 def check_update(
@@ -399,24 +428,38 @@ def check_update(
     d, # what it returned
     p:Tensor, # the parameter
 ) -> Tensor: # `d`
-    "Raise a `TypeError` or `ValueError` with the step's name unless `d` is a tensor of the shape of `p`."
+    """Raise a `TypeError` or `ValueError` with the step's name unless `d` is a tensor of
+    the shape of `p`."""
     got, want = _shape(d), _shape(p)
     if got == want: return d
-    if got is None: raise TypeError(f"step {name_of(step)} must return a tensor or None, got {type(d).__name__}")
-    raise ValueError(f"step {name_of(step)} must return an update of shape {_plain(want)}, got {_plain(got)}")
+    who = f'step {name_of(step)}'
+    if got is None:
+        raise TypeError(f"{who} must return a tensor or None, got {type(d).__name__}")
+    raise ValueError(f"{who} must return an update of shape {_as_tuples(want)}, "
+                     f"got {_as_tuples(got)}")
 
-def _shape(o): return getattr(o, 'shapes', None) or (o.shape if isinstance(o, Tensor) else None) # a list of tensors has many
-def _plain(shape): return tuple(shape) if isinstance(shape, torch.Size) else list(map(tuple, shape))
+def _shape(o):
+    if shapes := getattr(o, 'shapes', None): return shapes  # a list of tensors has many
+    return o.shape if isinstance(o, Tensor) else None
+
+def _as_tuples(shape):
+    return tuple(shape) if isinstance(shape, torch.Size) else list(map(tuple, shape))
 
 class Checked:
-    "A step that reports itself when it changes `g` in place, or returns another shape: what `debug=True` wraps around every step."
+    """A step that reports itself when it changes `g` in place, or returns another shape:
+    what `debug=True` wraps around every step."""
     def __init__(self,
         step # the step to watch
-    ): self.func, self.__signature__ = step, inspect.signature(step)
+    ):
+        self.func, self.__signature__ = step, inspect.signature(step)
+
     def __call__(self, p, g, state, **hypers):
         before = g._version
         d = self.func(p, g, state, **hypers)
-        if g._version != before: raise RuntimeError(f"step {name_of(self.func)} changed g in place: g starts as p.grad, which must stay as it is; return a new tensor instead")
+        if g._version != before:
+            raise RuntimeError(f"step {name_of(self.func)} changed g in place: g starts "
+                               "as p.grad, which must stay as it is; return a new tensor "
+                               "instead")
         return d if d is None else check_update(self.func, d, p)
 
 # %% ../nbs/09a_checks.ipynb #5d2b8a10
@@ -428,6 +471,7 @@ class Ambiguous(RuntimeError):
     ):
         super().__init__(does)
         self.does, self.who = does, who
+
     def __str__(self): return f"{self.who} {self.does}: pass foreach=False"
 
 # %% ../nbs/09a_checks.ipynb #1d104fe4
@@ -436,11 +480,15 @@ def check_dense(
 ) -> tuple: # its parameters that have a gradient, and the gradients, as two lists
     "Raise a `ValueError` that names the parameter, if a gradient of `group` is sparse."
     params = list(group['params'])
-    live = [g for p in params if (g := p.grad) is not None]
-    if {g.layout for g in live} - {torch.strided}:
-        i, g = next((i, p.grad) for i, p in enumerate(params) if p.grad is not None and p.grad.layout is not torch.strided)
-        raise ValueError(f"params[{i}] (shape {tuple(g.shape)}) has a sparse gradient: steps need dense ones; use sparse=False in the embedding, or torch.optim.SparseAdam")
-    return params if len(live) == len(params) else [p for p in params if p.grad is not None], live
+    grads = [p.grad for p in params]
+    for i, grad in enumerate(grads):
+        if grad is None or grad.layout is torch.strided: continue
+        raise ValueError(f"params[{i}] (shape {tuple(grad.shape)}) has a sparse gradient: "
+                         "steps need dense ones; use sparse=False in the embedding, or "
+                         "torch.optim.SparseAdam")
+    live = [i for i, grad in enumerate(grads) if grad is not None]
+    if len(live) == len(params): return params, grads
+    return [params[i] for i in live], [grads[i] for i in live]
 
 # %% ../nbs/09a_checks.ipynb #c5a7e002
 ORDINARY = {Tensor, int, float} # what nearly all states hold
@@ -449,21 +497,31 @@ KEPT_TYPES = {bool, int, float, complex, str, type(None)}
 def may_be_kept(
     v, # what a step left in a state
 ) -> bool:
-    "Whether it is a tensor, or something that cannot change: a number, a string, `None`, or a tuple of these."
-    if type(v) is tuple: return all(type(x) in KEPT_TYPES or type(x) is tuple and may_be_kept(x) for x in v)
-    return type(v) in KEPT_TYPES or isinstance(v, Tensor) or hasattr(v, 'shapes')      # a list of tensors
+    """Whether it is a tensor, or something that cannot change: a number, a string, `None`,
+    or a tuple of these."""
+    if type(v) is tuple:
+        return all(type(x) in KEPT_TYPES or type(x) is tuple and may_be_kept(x) for x in v)
+    is_list = hasattr(v, 'shapes')                          # of tensors
+    return type(v) in KEPT_TYPES or isinstance(v, Tensor) or is_list
 
 def check_state(
     state:dict, # of a parameter, or of several together
     step=None, # the step that has just run; any, if it is not known
 ):
-    "Raise a `TypeError` that names an entry no checkpoint could give back: a list, a dictionary, an array, an object."
+    """Raise a `TypeError` that names an entry no checkpoint could give back: a list, a
+    dictionary, an array, an object."""
     if ORDINARY.issuperset(map(type, state.values())): return
     for k, v in state.items():
         if may_be_kept(v): continue
         who = f'step {name_of(step)} keeps' if step else 'a step keeps'
-        raise TypeError(f"{who} a {type(v).__name__} in state[{k!r}]: a state holds tensors, numbers, strings, None and tuples of these; "
+        raise TypeError(f"{who} a {type(v).__name__} in state[{k!r}]: a state holds "
+                        "tensors, numbers, strings, None and tuples of these; "
                         "keep a tensor for each entry of a list")
+
+class Kept(NamedTuple):
+    "An entry of a state, as it was."
+    value:object
+    copy:object=None # of a tensor: its numbers
 
 class Snapshot:
     "A parameter and its state, or a list of them, as they were before some steps."
@@ -471,16 +529,19 @@ class Snapshot:
         p, # a tensor, or what stands for several
         state:dict, # its state
     ):
-        self.p, self.before, self.state = p, p.detach().clone(), state
-        self.entries = {k: (v, v.clone() if hasattr(v, 'clone') else None) for k, v in state.items()}
+        self.p, self.before = p, p.detach().clone()
+        self.state, self.entries = state, {}
+        for k, v in state.items():
+            has_numbers = hasattr(v, 'clone')
+            self.entries[k] = Kept(v, v.clone()) if has_numbers else Kept(v)
 
     def restore(self):
         "Put everything back."
         self.p.detach().copy_(self.before)
-        for v, values in self.entries.values():
-            if values is not None: v.copy_(values)
         self.state.clear()
-        self.state.update({k: v for k, (v, _) in self.entries.items()})
+        for k, entry in self.entries.items():
+            if entry.copy is not None: entry.value.copy_(entry.copy)
+            self.state[k] = entry.value
 
 # %% ../nbs/09a_checks.ipynb #e38f2b20
 def check_speed(
@@ -488,18 +549,25 @@ def check_speed(
     fused, # `True`, `False` or `None`
     debug=False, # whether every step is watched
 ):
-    "Raise a `TypeError` or `ValueError` that says what to do, if the steps cannot be run this way."
+    """Raise a `TypeError` or `ValueError` that says what to do, if the steps cannot be run
+    this way."""
     for name, value in dict(foreach=foreach, fused=fused).items():
         if value is None or is_switch(value): continue
         raise TypeError(f"{name} must be True, False or None, got {value!r}")
     if not is_switch(debug):
         raise TypeError(f"debug must be True or False, got {debug!r}")
-    if foreach and fused: raise ValueError("foreach=True and fused=True exclude each other: pass one of them")
-    if fused and debug: raise ValueError("debug=True watches every step, and fused=True runs them all in one kernel: pass one of them")
+    if foreach and fused:
+        raise ValueError("foreach=True and fused=True exclude each other: "
+                         "pass one of them")
+    if fused and debug:
+        raise ValueError("debug=True watches every step, and fused=True runs them all in "
+                         "one kernel: pass one of them")
 
 def check_capture(
     params, # those to be stepped
 ):
     "Raise a `RuntimeError` if a CUDA graph is being captured."
-    if params and params[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("step() in a CUDA graph would repeat the lr and the step count of this moment at every replay: call it outside the graph")
+    if not params or not params[0].is_cuda: return
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("step() in a CUDA graph would repeat the lr and the step count "
+                           "of this moment at every replay: call it outside the graph")
