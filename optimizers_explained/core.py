@@ -7,7 +7,8 @@ This page joins them: `StepOptimizer` takes a list of small functions and is a r
 import torch
 from optimizers_explained.core import StepOptimizer, decay, momentum, sgd
 
-def clip(p, g, state, *, largest=1.): return g.clamp(-largest, largest)      # a step of one's own
+# a step of one's own
+def clip(p, g, state, *, largest=1.): return g.clamp(-largest, largest)
 
 model = torch.nn.Linear(2, 1)
 opt = StepOptimizer(model.parameters(), [clip, decay, momentum, sgd], lr=0.1, momentum=0.9, weight_decay=0.01, largest=0.5)
@@ -167,7 +168,8 @@ class StepOptimizer(torch.optim.Optimizer):
     @untraced
     def load_state_dict(self, state_dict):
         "Load a copy of a checkpoint, or raise with nothing changed; see `checkpoint`."
-        if not isinstance(state_dict, dict): check_form(state_dict)     # hooks take others
+        # hooks take others
+        if not isinstance(state_dict, dict): check_form(state_dict)
         with self.register_load_state_dict_pre_hook(prepare):
             super().load_state_dict(state_dict)
 

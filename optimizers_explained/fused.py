@@ -46,10 +46,12 @@ class Program:
         self.steps, self.watched = [f for f, _ in calls], None
         self.recording, again = (record(calls, like, tensors, numbers) for _ in range(2))
         self.numbers, self.reason, self.kernel = self.recording.numbers, self.recording.reason, None
-        if self.recording != again: self.reason = 'the steps do something else each time they are run'
+        if self.recording != again:
+            self.reason = 'the steps do something else each time they are run'
 
     @property
-    def by_element(self): return self.reason is None and all(n.per == 'element' for n in self.recording.nodes)
+    def by_element(self):
+        return self.reason is None and all(n.per == 'element' for n in self.recording.nodes)
 
     def kernel_for(self, like):
         "The kernel, built when it is first needed; `Unfusable` if there can be none."
@@ -58,7 +60,8 @@ class Program:
         return self.kernel
 
     def _build(self, like):
-        if like.device.type not in BACKENDS: return f'there are no kernels for the device {like.device.type}'
+        if like.device.type not in BACKENDS:
+            return f'there are no kernels for the device {like.device.type}'
         try: self.kernel = BACKENDS[like.device.type](self.recording, like.dtype)
         except Unfusable as e: return str(e)
 
@@ -73,7 +76,8 @@ class Memo:
     def __init__(self):
         self.plans, self.programs, self.told = {}, {}, set()
         self.steps, self.outside, self.names = [], [], frozenset()
-        self.alone = self.unrecordable = None            # why lists, or kernels, cannot run the steps
+        # why lists, or kernels, cannot run the steps
+        self.alone = self.unrecordable = None
 
     def read(self,
         calls, # pairs of a step and its hyperparameters by name
@@ -109,7 +113,8 @@ class Memo:
         for program in found:
             if program.watched != watched: continue
             if held := _hold(program, hypers, numbers, like): return held
-        if len(found) >= LIMIT: raise Unfusable('the steps ask for the value of a number that keeps changing')
+        if len(found) >= LIMIT:
+            raise Unfusable('the steps ask for the value of a number that keeps changing')
         program = Program(calls, like, tensors, numbers)
         program.watched = watched
         found.insert(0, program)
@@ -121,7 +126,8 @@ class Memo:
 
     def tell(self,
         reason:str, # why
-        instead='fused=True, and still some parameters are stepped without a kernel', # of what was asked for
+        # of what was asked for
+        instead='fused=True, and still some parameters are stepped without a kernel',
     ):
         "Say once why the steps are not run as was asked for."
         if not reason or reason in self.told: return
@@ -134,9 +140,11 @@ def _reason(steps, found): # the first one, with the name of its step
 
 def _same(xs, ys): return len(xs) == len(ys) and all(map(operator.is_, xs, ys))
 
-def _hold(program, hypers, numbers, like): # a `Held`, or `None` where a guard does not hold
+# a `Held`, or `None` where a guard does not hold
+def _hold(program, hypers, numbers, like):
     try: out = program.numbers(hypers, numbers, like)
-    except Exception: return None           # 1/0, the root of -1, a number that is none any more
+    # 1/0, the root of -1, a number that is none any more
+    except Exception: return None
     return None if out is None else Held(program, *out)
 
 # %% ../nbs/10e_fused.ipynb #8c8a83d1
@@ -146,7 +154,8 @@ def touch(
     "Raise their count of changes."
     bump = torch.autograd.graph.increment_version
     try: bump(tensors)
-    except (TypeError, RuntimeError): [bump(t) for t in tensors]      # older versions of torch take one at a time
+    # older versions of torch take one at a time
+    except (TypeError, RuntimeError): [bump(t) for t in tensors]
 
 # %% ../nbs/10e_fused.ipynb #9f3afd3c
 class Launch(NamedTuple):
@@ -297,19 +306,23 @@ def batches_of(
         plan = Plan(params, states, limit, names)
         batches = plan.gather(params, grads, states, names)
     memo.plans[key] = plan                                 # behind all others
-    if len(memo.plans) > KEPT*len(opt.param_groups): del memo.plans[next(iter(memo.plans))]
+    if len(memo.plans) > KEPT*len(opt.param_groups):
+        del memo.plans[next(iter(memo.plans))]
     return plan, batches
 
 def _is_as_planned(plan, batch, fused):
     bucket = batch.bucket
     if fused:
         if bucket.layout and bucket.layout.fits(batch.written()): return True
-        bucket.layout, plan.tied = None, None              # what was wrong once is not asked again
+        # what was wrong once is not asked again
+        bucket.layout, plan.tied = None, None
         return batch.has_forms()
-    if bucket.kind.type not in PLAIN or bucket.kind.device.type not in BACKENDS: return batch.has_forms()
+    if bucket.kind.type not in PLAIN or bucket.kind.device.type not in BACKENDS:
+        return batch.has_forms()
     addresses = list(map(Tensor.data_ptr, batch.params))
     if addresses == bucket.addresses: return batch.has_types()
-    bucket.addresses, plan.tied = addresses, None          # parameters have moved, and may meet
+    # parameters have moved, and may meet
+    bucket.addresses, plan.tied = addresses, None
     return batch.has_forms()
 
 def are_tied(
@@ -333,7 +346,8 @@ def run_list(
     before = Snapshot(first.params[0], first.states[0])
     in_lists(run, first)
     try: in_lists(run, others)
-    except BaseException:                                  # such as a question with several answers
+    # such as a question with several answers
+    except BaseException:
         before.restore()
         opt.proven = False
         raise
@@ -361,7 +375,8 @@ def run_together(
     elif opt.fused: batches = run_kernels(memo, calls, plan, batches)
     lists = opt.takes_lists(params)
     if lists and memo.alone:
-        if opt.foreach: memo.tell(memo.alone, 'foreach=True, and still one parameter is stepped after the other')
+        if opt.foreach:
+            memo.tell(memo.alone, 'foreach=True, and still one parameter is stepped after the other')
         lists = False
     if lists and are_tied(plan, batches): lists = False
     alone = []
