@@ -36,34 +36,42 @@ BACKENDS = dict(cpu=CppKernel, cuda=TritonKernel) # the kernel of each kind of d
 LIMIT = 16 # recordings of the same steps; with more, Python runs them
 
 class Program:
-    "A recording and, if one can be made, its kernel. It keeps the steps, so that `Memo` may know them by their ids."
+    """A recording and, if one can be made, its kernel. It keeps the steps, so that `Memo`
+    may know them by their ids."""
     def __init__(self,
         calls, # pairs of a step and its hyperparameters by name
         like:Tensor, # one of the parameters
         tensors, # keys of the tensors in the state
         numbers:dict, # the rest of the state
+        watched=None, # what the steps read besides their arguments, as `Memo.watch` says
     ):
-        self.steps, self.watched = [f for f, _ in calls], None
-        self.recording, again = (record(calls, like, tensors, numbers) for _ in range(2))
-        self.numbers, self.reason, self.kernel = self.recording.numbers, self.recording.reason, None
-        if self.recording != again:
+        self.steps, self.watched = [f for f, _ in calls], watched
+        self.recording = record(calls, like, tensors, numbers)
+        self.numbers = self.recording.numbers # of one step: `numbers(hypers, state, like)`
+        self.reason = self.recording.reason # why there is no kernel; `None`: there can be
+        self.kernel = None # made when it is first needed
+        if self.recording != record(calls, like, tensors, numbers):
             self.reason = 'the steps do something else each time they are run'
 
     @property
     def by_element(self):
-        return self.reason is None and all(n.per == 'element' for n in self.recording.nodes)
+        "Whether each element is changed by itself."
+        nodes = self.recording.nodes
+        return self.reason is None and all(node.per == 'element' for node in nodes)
 
     def kernel_for(self, like):
-        "The kernel, built when it is first needed; `Unfusable` if there can be none."
-        if self.reason is None and self.kernel is None: self.reason = self._build(like)
+        "The kernel; `Unfusable` if there can be none."
+        if self.reason is None and self.kernel is None: self._build(like)
         if self.reason is not None: raise Unfusable(self.reason)
         return self.kernel
 
     def _build(self, like):
-        if like.device.type not in BACKENDS:
-            return f'there are no kernels for the device {like.device.type}'
-        try: self.kernel = BACKENDS[like.device.type](self.recording, like.dtype)
-        except Unfusable as e: return str(e)
+        device = like.device.type
+        if device not in BACKENDS:
+            self.reason = f'there are no kernels for the device {device}'
+            return
+        try: self.kernel = BACKENDS[device](self.recording, like.dtype)
+        except Unfusable as e: self.reason = str(e)
 
 class Held(NamedTuple):
     "A program whose guards hold, and the numbers of this step."
@@ -72,30 +80,32 @@ class Held(NamedTuple):
     numbers:dict={} # for the state
 
 class Memo:
-    "What an optimizer need not find out again at the next step. It holds no tensor of parameters or states."
+    """What an optimizer need not find out again at the next step. It holds no tensor of
+    parameters or states."""
     def __init__(self):
         self.plans, self.programs, self.told = {}, {}, set()
         self.steps, self.outside, self.names = [], [], frozenset()
-        # why lists, or kernels, cannot run the steps
-        self.alone = self.unrecordable = None
+        self.alone = self.unrecordable = None   # why lists, or kernels, cannot run the steps
 
     def read(self,
         calls, # pairs of a step and its hyperparameters by name
     ):
-        "Find out what the steps read besides their arguments; once, as long as they are the same steps."
+        "Find out once what the steps read besides their arguments."
         steps = [f for f, _ in calls]
         if _same(steps, self.steps): return
         self.steps, self.outside = steps, [Outside(f, hypers) for f, hypers in calls]
         self.names = frozenset().union(*(o.names for o in self.outside))
-        self.alone = _reason(steps, [o.alone for o in self.outside])
-        self.unrecordable = _reason(steps, [o.unrecordable for o in self.outside])
+        self.alone = _first_reason(steps, [o.alone for o in self.outside])
+        self.unrecordable = _first_reason(steps, [o.unrecordable for o in self.outside])
 
     def watch(self) -> list: # equal as long as nothing has changed
-        "What the steps read besides their arguments, as it is now; `Unfusable` if it may change without being noticed."
-        for f, o in zip(self.steps, self.outside):
-            if o.unwatched:
-                raise Unfusable(f'step {name_of(f)} reads {o.unwatched[0]}, which may change: pass it as a hyperparameter')
-        return [o() for o in self.outside]
+        """What the steps read besides their arguments, as it is now; `Unfusable` if it may
+        change without being noticed."""
+        for f, outside in zip(self.steps, self.outside):
+            if not outside.unwatched: continue
+            raise Unfusable(f'step {name_of(f)} reads {outside.unwatched[0]}, '
+                            'which may change: pass it as a hyperparameter')
+        return [outside() for outside in self.outside]
 
     def program(self,
         calls, # pairs of a step and its hyperparameters by name
@@ -106,46 +116,50 @@ class Memo:
         "The program whose guards hold; `Unfusable` if its numbers keep changing."
         self.read(calls)
         watched = self.watch()
-        hypers = {k: v for _, h in calls for k, v in h.items()}
-        steps = tuple(map(id, self.steps))
-        key = steps, like.device, like.dtype, like.ndim, type(like), flags(like, self.names), *tensors, None, *numbers
-        found = self.programs.setdefault(key, [])
+        hypers = {k: v for _, own in calls for k, v in own.items()}
+        found = self.programs.setdefault(self._key(like, tensors, numbers), [])
         for program in found:
             if program.watched != watched: continue
-            if held := _hold(program, hypers, numbers, like): return held
+            held = _hold(program, hypers, numbers, like)
+            if held is not None: return held
         if len(found) >= LIMIT:
-            raise Unfusable('the steps ask for the value of a number that keeps changing')
-        program = Program(calls, like, tensors, numbers)
-        program.watched = watched
+            raise Unfusable('the steps ask for the value of a number '
+                            'that keeps changing')
+        program = Program(calls, like, tensors, numbers, watched)
         found.insert(0, program)
-        held = _hold(program, hypers, numbers, like) if program.reason is None else Held(program)
-        if held is None:
-            program.reason = 'what the steps ask of a number does not hold right after it was asked'
-            return Held(program)
-        return held
+        if program.reason is not None: return Held(program)
+        held = _hold(program, hypers, numbers, like)
+        if held is not None: return held
+        program.reason = ('what the steps ask of a number does not hold '
+                          'right after it was asked')
+        return Held(program)
+
+    def _key(self, like, tensors, numbers):
+        steps = tuple(map(id, self.steps))
+        kind = like.device, like.dtype, like.ndim, type(like), flags(like, self.names)
+        return steps, kind, tuple(tensors), tuple(numbers)
 
     def tell(self,
         reason:str, # why
-        # of what was asked for
-        instead='fused=True, and still some parameters are stepped without a kernel',
+        instead=( # of what was asked for
+            'fused=True, and still some parameters are stepped without a kernel'),
     ):
         "Say once why the steps are not run as was asked for."
         if not reason or reason in self.told: return
         self.told.add(reason)
         warn_reader(f'{instead}: {reason}')
 
-def _reason(steps, found): # the first one, with the name of its step
-    reasons = [f'step {name_of(f)}: {o.reason}' for f, o in zip(steps, found) if type(o) is Alone]
-    return reasons[0] if reasons else None
+def _first_reason(steps, answers): # with the name of its step; `None` if there is none
+    for f, answer in zip(steps, answers):
+        if type(answer) is Alone: return f'step {name_of(f)}: {answer.reason}'
+    return None
 
 def _same(xs, ys): return len(xs) == len(ys) and all(map(operator.is_, xs, ys))
 
-# a `Held`, or `None` where a guard does not hold
-def _hold(program, hypers, numbers, like):
-    try: out = program.numbers(hypers, numbers, like)
-    # 1/0, the root of -1, a number that is none any more
-    except Exception: return None
-    return None if out is None else Held(program, *out)
+def _hold(program, hypers, numbers, like): # `None` where a guard does not hold
+    try: found = program.numbers(hypers, numbers, like)
+    except Exception: return None   # 1/0, the root of -1, a number that is none any more
+    return None if found is None else Held(program, *found)
 
 # %% ../nbs/10e_fused.ipynb #8c8a83d1
 def touch(
@@ -154,12 +168,13 @@ def touch(
     "Raise their count of changes."
     bump = torch.autograd.graph.increment_version
     try: bump(tensors)
-    # older versions of torch take one at a time
-    except (TypeError, RuntimeError): [bump(t) for t in tensors]
+    except (TypeError, RuntimeError):           # older versions of torch take one at a time
+        for t in tensors: bump(t)
 
 # %% ../nbs/10e_fused.ipynb #9f3afd3c
 class Launch(NamedTuple):
-    "A batch that is ready to be stepped by a kernel: all has been checked, nothing has changed yet."
+    """A batch that is ready to be stepped by a kernel: all has been checked, nothing has
+    changed yet."""
     batch:Batch
     kernel:object # from `BACKENDS`
     layout:Layout
@@ -167,16 +182,18 @@ class Launch(NamedTuple):
     numbers:dict # numbers for the state
 
     def run(self):
-        "Step the batch, and then count the step: an interruption leaves no count ahead of its weights."
+        """Step the batch, and then count the step: an interruption leaves no count ahead
+        of its weights."""
         params, *states = self.layout.pointers
-        self.kernel([params, self.layout.gradients.addresses, *states], self.layout, self.coefs)
+        grads = self.layout.gradients.addresses
+        self.kernel([params, grads, *states], self.layout, self.coefs)
         touch(self.batch.params)
         self.batch.set_numbers(self.numbers)
 
 def prepare(
     memo:Memo, # of the optimizer
     calls, # pairs of a step and its hyperparameters by name
-    batch:Batch, # to be stepped, as `batches_of` gives it: its layout is as it was found at this step, or missing
+    batch:Batch, # from `batches_of`: its layout was found to fit at this step, or is missing
 ) -> Launch:
     "Get a batch ready, all but its gradients; `Unfusable` if no kernel can step it."
     bucket = batch.bucket
@@ -201,7 +218,8 @@ def written_by(
     "The memory that the kernels write; `Unfusable` if two tensors overlap."
     layouts = [launch.layout for launch in launches]
     if plan.spans is None or not _same(layouts, plan.layouts):
-        plan.spans, plan.layouts = Spans([s for o in layouts for s in o.spans()]), layouts
+        plan.spans = Spans([s for layout in layouts for s in layout.spans()])
+        plan.layouts = layouts
     if plan.spans.overlap: raise Unfusable('two tensors share their memory')
     return plan.spans
 
@@ -209,7 +227,8 @@ def check_apart(
     spans:Spans, # what the kernels write
     batches, # that Python will step
 ):
-    "Raise `Unfusable` if a tensor of a kernel lies where one of Python's does: then their order matters."
+    """Raise `Unfusable` if a tensor of a kernel lies where one of Python's does: then their
+    order matters."""
     tensors = [t for batch in batches for column in batch.written() for t in column]
     if spans.meets(map(span, filter(has_memory, tensors))):
         raise Unfusable('a tensor shares its memory with one that no kernel can step')
@@ -222,9 +241,11 @@ def run_kernels(
 ) -> list: # the batches that no kernel can step, unchanged
     "Step what kernels can step. All is checked before the first of them runs."
     launches, checked, left = [], [], []
+
     def give_up(batch, reason):
         memo.tell(str(reason))
         left.append(batch)
+
     for batch in batches:
         try: launches.append(prepare(memo, calls, batch))
         except Unfusable as reason: give_up(batch, reason)
@@ -237,8 +258,10 @@ def run_kernels(
     for launch in launches:
         batch = launch.batch
         try: launch.layout.check(batch.params, batch.grads, spans)
-        except Unfusable as reason: give_up(batch, reason)
-        else: checked.append(launch)
+        except Unfusable as reason:
+            give_up(batch, reason)
+            continue
+        checked.append(launch)
     for launch in checked: launch.run()
     return left
 
@@ -248,20 +271,23 @@ def acts_by_element(
     calls, # pairs of a step and its hyperparameters by name
     batch:Batch, # of one parameter
 ) -> bool:
-    "Whether a recording shows that the steps change each element by itself, and all tensors have the shape of the parameter."
-    (p,), bucket = batch.params, batch.bucket
-    others = [*batch.grads, *(batch.columns[k][0] for k in bucket.tensors)]
+    """Whether a recording shows that the steps change each element by itself, and all
+    tensors have the shape of the parameter."""
+    (p,), (grad,), (state,) = batch.params, batch.grads, batch.states
+    tensors, numbers = batch.bucket.tensors, batch.bucket.numbers
+    others = [grad, *(state[k] for k in tensors)]
     if any(t.shape != p.shape for t in others): return False
-    numbers = {k: batch.columns[k][0] for k in bucket.numbers}
-    try: return memo.program(calls, p, bucket.tensors, numbers).program.by_element
+    try: held = memo.program(calls, p, tensors, {k: state[k] for k in numbers})
     except Unfusable: return False
+    return held.program.by_element
 
 def is_large(
     p:Tensor, # a parameter
 ) -> bool:
-    "Whether there are at least two pieces of it, a CPU walks over them, and every element is rounded alike."
-    return (p.device.type == 'cpu' and p.dtype not in HALF and type(p) in PLAIN
-            and p.ndim > 0 and p.numel() >= 2*PIECE)
+    """Whether there are at least two pieces of it, a CPU walks over them, and every element
+    is rounded alike."""
+    if p.device.type != 'cpu' or p.dtype in HALF or type(p) not in PLAIN: return False
+    return p.ndim > 0 and p.numel() >= 2*PIECE
 
 def in_rows(
     run, # `run(p, g, state)`: the steps
@@ -269,23 +295,26 @@ def in_rows(
 ):
     "A large tensor in pieces that fit into the cache, for steps that act by element."
     (p,), (grad,), (state,) = batch.params, batch.grads, batch.states
+    bucket = batch.bucket
+    numbers = {k: state[k] for k in bucket.numbers}
     rows = max(1, PIECE*len(p)//p.numel())
-    for a in range(0, len(p), rows):
-        piece = slice(a, a + rows)
-        before = {k: state[k][piece] for k in batch.bucket.tensors}
-        part = {**before, **{k: state[k] for k in batch.bucket.numbers}}
+    for start in range(0, len(p), rows):
+        piece = slice(start, start + rows)
+        before = {k: state[k][piece] for k in bucket.tensors}
+        part = {**before, **numbers}
         run(p[piece], grad[piece], part)
         # a step may have swapped two states: read all that is new before any is written
         new = {k: part[k].clone() for k in before if part[k] is not before[k]}
         for k, v in new.items(): before[k].copy_(v)
-    batch.set_numbers({k: part[k] for k in batch.bucket.numbers})
+    batch.set_numbers({k: part[k] for k in bucket.numbers})
 
 # %% ../nbs/10e_fused.ipynb #6c6ae0ac
 def states_of(
     opt, # a `StepOptimizer`
     params, # of one group, those with a gradient
 ) -> list:
-    "The state of each; where the optimizer's states stand in the same order, none has to be looked up."
+    """The state of each; where the optimizer's states stand in the same order, none has to
+    be looked up."""
     if len(opt.state) == len(params) and all(map(operator.is_, opt.state, params)):
         return list(opt.state.values())
     return [opt.state[p] for p in params]
@@ -302,7 +331,7 @@ def batches_of(
     key = id(params[0]), len(params), limit
     plan = memo.plans.pop(key, None)
     batches = plan.gather(params, grads, states, names) if plan else None
-    if batches is None or not all([_is_as_planned(plan, batch, opt.fused) for batch in batches]):
+    if batches is None or not _is_valid(plan, batches, opt.fused):
         plan = Plan(params, states, limit, names)
         batches = plan.gather(params, grads, states, names)
     memo.plans[key] = plan                                 # behind all others
@@ -310,26 +339,32 @@ def batches_of(
         del memo.plans[next(iter(memo.plans))]
     return plan, batches
 
-def _is_as_planned(plan, batch, fused):
+def _is_valid(plan, batches, fused): # every batch is asked: what was wrong is forgotten
+    check = _fits_kernel if fused else _fits_lists
+    answers = [check(plan, batch) for batch in batches]
+    return all(answers)
+
+def _fits_kernel(plan, batch):
     bucket = batch.bucket
-    if fused:
-        if bucket.layout and bucket.layout.fits(batch.written()): return True
-        # what was wrong once is not asked again
-        bucket.layout, plan.tied = None, None
-        return batch.has_forms()
-    if bucket.kind.type not in PLAIN or bucket.kind.device.type not in BACKENDS:
-        return batch.has_forms()
+    if bucket.layout and bucket.layout.fits(batch.written()): return True
+    bucket.layout, plan.tied = None, None        # what was wrong once is not asked again
+    return batch.has_forms()
+
+def _fits_lists(plan, batch):
+    bucket = batch.bucket
+    has_addresses = bucket.kind.type in PLAIN and bucket.kind.device.type in BACKENDS
+    if not has_addresses: return batch.has_forms()
     addresses = list(map(Tensor.data_ptr, batch.params))
     if addresses == bucket.addresses: return batch.has_types()
-    # parameters have moved, and may meet
-    bucket.addresses, plan.tied = addresses, None
+    bucket.addresses, plan.tied = addresses, None     # parameters have moved, and may meet
     return batch.has_forms()
 
 def are_tied(
     plan:Plan, # of the batches
     batches, # to be stepped in lists
 ) -> bool:
-    "Whether two tensors that the steps change lie in the same memory; asked anew when a parameter has moved."
+    """Whether two tensors that the steps change lie in the same memory; asked anew when a
+    parameter has moved."""
     if plan.tied is None:
         tensors = [t for batch in batches for column in batch.written() for t in column]
         plan.tied = Spans(map(span, filter(has_memory, tensors))).overlap
@@ -340,14 +375,14 @@ def run_list(
     run, # `run(p, g, state)`: the steps
     batch:Batch, # to be stepped
 ):
-    "Step a batch as a list; the very first parameter of an optimizer alone, which shows what its steps keep."
+    """Step a batch as a list; the very first parameter of an optimizer alone, which shows
+    what its steps keep."""
     if opt.proven or len(batch.params) == 1: return in_lists(run, batch)
     first, others = batch.split()
     before = Snapshot(first.params[0], first.states[0])
     in_lists(run, first)
     try: in_lists(run, others)
-    # such as a question with several answers
-    except BaseException:
+    except BaseException:                        # such as a question with several answers
         before.restore()
         opt.proven = False
         raise
@@ -357,8 +392,10 @@ def run_alone(
     batches, # of one group
 ):
     "Step one parameter after the other, in the order of the group."
-    rows = [row for b in batches for row in zip(b.bucket.rows, b.params, b.grads, b.states)]
-    for _, p, g, state in sorted(rows, key=lambda row: row[0]): run(p, g, state)
+    arguments = {} # by place in the group
+    for batch in batches:
+        arguments.update(zip(batch.bucket.rows, zip(batch.params, batch.grads, batch.states)))
+    for place in sorted(arguments): run(*arguments[place])
 
 def run_together(
     opt, # a `StepOptimizer`
@@ -366,24 +403,27 @@ def run_together(
     params, # of one group, those with a gradient
     grads, # their gradients
 ):
-    "Step a group in kernels or lists, and where neither can be, one parameter after the other."
+    "Step a group in kernels or lists, and where neither can be, one parameter at a time."
     if opt.memo is None: opt.memo = Memo()
     memo, run = opt.memo, partial(opt.advance, calls)
     memo.read(calls)
     plan, batches = batches_of(opt, params, grads)
     if opt.fused and memo.unrecordable: memo.tell(memo.unrecordable)
     elif opt.fused: batches = run_kernels(memo, calls, plan, batches)
-    lists = opt.takes_lists(params)
-    if lists and memo.alone:
-        if opt.foreach:
-            memo.tell(memo.alone, 'foreach=True, and still one parameter is stepped after the other')
-        lists = False
-    if lists and are_tied(plan, batches): lists = False
+    lists = _takes_lists(opt, params, plan, batches)
     alone = []
     for batch in batches:
         sharded = hasattr(batch.params[0], 'to_local')
-        if opt.foreach and lists and is_large(batch.params[0]) and acts_by_element(memo, calls, batch):
-            in_rows(run, batch)
+        large = opt.foreach and lists and is_large(batch.params[0])
+        if large and acts_by_element(memo, calls, batch): in_rows(run, batch)
         elif lists or sharded: run_list(opt, run, batch)
         else: alone.append(batch)
     run_alone(run, alone)
+
+def _takes_lists(opt, params, plan, batches):
+    if not opt.takes_lists(params): return False
+    if opt.memo.alone is None: return not are_tied(plan, batches)
+    if opt.foreach:
+        opt.memo.tell(opt.memo.alone,
+                      'foreach=True, and still one parameter is stepped after the other')
+    return False
