@@ -318,8 +318,8 @@ def as_list(
     if it is empty."""
     unordered = isinstance(params, (Tensor, set, str, dict))
     if unordered or not hasattr(params, '__iter__'):
-        raise TypeError("params must be a list (or another ordered iterable) of tensors "
-                        f"or groups, got {type(params).__name__}")
+        raise TypeError("params must be a list (or another ordered iterable) of "
+                        f"tensors or groups, got {type(params).__name__}")
     params = list(params)
     if not params:
         raise ValueError("params is empty (optimizer got an empty parameter list): "
@@ -332,8 +332,8 @@ def check_params(
     others:set, # parameters of the other groups
     index:int, # of the group, for messages
 ) -> list: # the same, as a list
-    """Raise a `ValueError` or `TypeError` that says which parameter of a group cannot be
-    optimized, and why."""
+    """Raise a `ValueError` or `TypeError` that says which parameter of a group cannot
+    be optimized, and why."""
     if isinstance(params, set):
         raise TypeError(f"params of group {index} must have an order: "
                         "pass a list, got a set")
@@ -420,8 +420,8 @@ def check_group(
     opt, # the optimizer, with `steps`, `defaults` and `param_groups`
     param_group:dict, # as for `torch.optim.Optimizer.add_param_group`
 ) -> dict: # a new one, with all hyperparameters, its parameters in a list
-    """Complete a parameter group, or raise a `ValueError` or `TypeError` that says what is
-    wrong with it."""
+    """Complete a parameter group, or raise a `ValueError` or `TypeError` that says what
+    is wrong with it."""
     index = len(opt.param_groups)
     if not isinstance(param_group, dict) or 'params' not in param_group:
         raise TypeError(f"group {index} must be a dictionary with 'params', "
@@ -444,8 +444,8 @@ def check_update(
     d, # what it returned
     p:Tensor, # the parameter
 ) -> Tensor: # `d`
-    """Raise a `TypeError` or `ValueError` with the step's name unless `d` is a tensor of
-    the shape of `p`."""
+    """Raise a `TypeError` or `ValueError` with the step's name unless `d` is a tensor
+    of the shape of `p`."""
     got, want = _shape(d), _shape(p)
     if got == want: return d
     who = f'step {name_of(step)}'
@@ -462,8 +462,8 @@ def _as_tuples(shape):
     return tuple(shape) if isinstance(shape, torch.Size) else list(map(tuple, shape))
 
 class Checked:
-    """A step that reports itself when it changes `g` in place, or returns another shape:
-    what `debug=True` wraps around every step."""
+    """A step that reports itself when it changes `g` in place, or returns another
+    shape: what `debug=True` wraps around every step."""
     def __init__(self,
         step # the step to watch
     ):
@@ -473,9 +473,10 @@ class Checked:
         before = g._version
         d = self.func(p, g, state, **hypers)
         if g._version != before:
-            raise RuntimeError(f"step {name_of(self.func)} changed g in place: g starts "
-                               "as p.grad, which must stay as it is; return a new tensor "
-                               "instead")
+            raise RuntimeError(f"step {name_of(self.func)} changed g in place: g "
+                               """as p.grad, which must stay as it is; return a new
+                               tensor"""
+                               "tensor instead")
         return d if d is None else check_update(self.func, d, p)
 
 # %% ../nbs/09a_checks.ipynb #5d2b8a10
@@ -499,9 +500,9 @@ def check_dense(
     grads = [p.grad for p in params]
     for i, grad in enumerate(grads):
         if grad is None or grad.layout is torch.strided: continue
-        raise ValueError(f"params[{i}] (shape {tuple(grad.shape)}) has a sparse gradient: "
-                         "steps need dense ones; use sparse=False in the embedding, or "
-                         "torch.optim.SparseAdam")
+        raise ValueError(f"params[{i}] (shape {tuple(grad.shape)}) has a sparse "
+                         "gradient: steps need dense ones; use sparse=False in the "
+                         "embedding, or torch.optim.SparseAdam")
     live = [i for i, grad in enumerate(grads) if grad is not None]
     if len(live) == len(params): return params, grads
     return [params[i] for i in live], [grads[i] for i in live]
@@ -513,12 +514,14 @@ KEPT_TYPES = {bool, int, float, complex, str, type(None)}
 def may_be_kept(
     v, # what a step left in a state
 ) -> bool:
-    """Whether it is a tensor, or something that cannot change: a number, a string, `None`,
-    or a tuple of these."""
+    """Whether it is a tensor, or something that cannot change: a number, a string,
+    `None`, or a tuple of these."""
     if type(v) is tuple:
-        return all(type(x) in KEPT_TYPES or type(x) is tuple and may_be_kept(x) for x in v)
+        return all(type(x) in KEPT_TYPES or _is_kept_tuple(x) for x in v)
     is_list = hasattr(v, 'shapes')                          # of tensors
     return type(v) in KEPT_TYPES or isinstance(v, Tensor) or is_list
+
+def _is_kept_tuple(v): return type(v) is tuple and may_be_kept(v)
 
 def check_state(
     state:dict, # of a parameter, or of several together
@@ -565,8 +568,8 @@ def check_speed(
     fused, # `True`, `False` or `None`
     debug=False, # whether every step is watched
 ):
-    """Raise a `TypeError` or `ValueError` that says what to do, if the steps cannot be run
-    this way."""
+    """Raise a `TypeError` or `ValueError` that says what to do, if the steps cannot be
+    run this way."""
     for name, value in dict(foreach=foreach, fused=fused).items():
         if value is None or is_switch(value): continue
         raise TypeError(f"{name} must be True, False or None, got {value!r}")
@@ -576,8 +579,8 @@ def check_speed(
         raise ValueError("foreach=True and fused=True exclude each other: "
                          "pass one of them")
     if fused and debug:
-        raise ValueError("debug=True watches every step, and fused=True runs them all in "
-                         "one kernel: pass one of them")
+        raise ValueError("debug=True watches every step, and fused=True runs them all "
+                         "in one kernel: pass one of them")
 
 def check_capture(
     params, # those to be stepped
@@ -585,5 +588,6 @@ def check_capture(
     "Raise a `RuntimeError` if a CUDA graph is being captured."
     if not params or not params[0].is_cuda: return
     if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("step() in a CUDA graph would repeat the lr and the step count "
-                           "of this moment at every replay: call it outside the graph")
+        raise RuntimeError("step() in a CUDA graph would repeat the lr and the step "
+                           "count of this moment at every replay: call it outside the "
+                           "graph")

@@ -128,7 +128,8 @@ class StepOptimizer(torch.optim.Optimizer):
         return bool(self.foreach)
 
     def run_together(self, calls, params, grads):
-        "Run the steps on lists or in kernels; what makes them is imported here, if used."
+        """Run the steps on lists or in kernels; what makes them is imported here, if
+        used."""
         from optimizers_explained.fused import run_together
         run_together(self, calls, params, grads)
 
@@ -144,8 +145,8 @@ class StepOptimizer(torch.optim.Optimizer):
         check_state(state)
 
     def prove(self, calls, p, g, state):
-        """Run the steps for the first time. Where one fails, or leaves in the state what
-        it may not, everything is put back."""
+        """Run the steps for the first time. Where one fails, or leaves in the state
+        what it may not, everything is put back."""
         before, known = Snapshot(p, state), bool(state)
         try:
             for f, hypers in calls:
@@ -198,7 +199,8 @@ def l2(p, g, state, *, weight_decay=0.):
     if weight_decay: return g.add(p, alpha=weight_decay)
 
 def decay(p, g, state, *, lr, weight_decay=0.):
-    "Decoupled decay by $\\gamma\\lambda$ (AdamW in torch, fastai): $\\theta \\leftarrow (1-\\gamma\\lambda)\\theta$."
+    """Decoupled decay by $\\gamma\\lambda$ (AdamW in torch, fastai): $\\theta
+    \\leftarrow (1-\\gamma\\lambda)\\theta$."""
     if weight_decay: p.mul_(1 - lr*weight_decay)
 
 def decay_rel(p, g, state, *,
@@ -206,7 +208,8 @@ def decay_rel(p, g, state, *,
     lr0, # the rate that the decay is relative to: the `lr` its group was added with
     weight_decay=0., # share of a weight lost per step at `lr0`
 ):
-    "Decoupled decay by $\\lambda\\gamma/\\gamma_0$ (Composer; Loshchilov and Hutter, 2019): $\\theta \\leftarrow (1-\\lambda\\gamma/\\gamma_0)\\theta$."
+    """Decoupled decay by $\\lambda\\gamma/\\gamma_0$ (Composer; Loshchilov and Hutter,
+    2019): $\\theta \\leftarrow (1-\\lambda\\gamma/\\gamma_0)\\theta$."""
     if weight_decay: p.mul_(1 - weight_decay*lr/lr0)
 
 def sgd(p, g, state, *, lr):
@@ -215,20 +218,23 @@ def sgd(p, g, state, *, lr):
 
 # %% ../nbs/09_core.ipynb #e9e0d656
 def momentum(p, g, state, *, momentum=0., dampening=0., nesterov=False):
-    "torch's momentum: $b_1 = g_1$, $b_t = \\mu b_{t-1} + (1-\\tau) g_t$; the update is $b_t$, or $g_t + \\mu b_t$ with `nesterov`."
+    """torch's momentum: $b_1 = g_1$, $b_t = \\mu b_{t-1} + (1-\\tau) g_t$; the update
+    is $b_t$, or $g_t + \\mu b_t$ with `nesterov`."""
     if not momentum: return None
     b = state.get('momentum_buffer')
     state['momentum_buffer'] = b = g.clone() if b is None else b.mul_(momentum).add_(g, alpha=1 - dampening)
     return g.add(b, alpha=momentum) if nesterov else b
 
 def ema(p, g, state, *, momentum=0.9):
-    "Exponential moving average from zero: $m_t = \\mu m_{t-1} + (1-\\mu) g_t$, $m_0 = 0$."
+    """Exponential moving average from zero: $m_t = \\mu m_{t-1} + (1-\\mu) g_t$, $m_0 =
+    0$."""
     if 'exp_avg' not in state: state['exp_avg'] = torch.zeros_like(p)
     return state['exp_avg'].mul_(momentum).add_(g, alpha=1 - momentum)
 
 # %% ../nbs/09_core.ipynb #5f9f9b83
 def lion(p, g, state, *, betas=(0.9, 0.99)):
-    "Lion (Chen et al., 2023): the update is the sign of $\\beta_1 m + (1-\\beta_1) g$; then $m \\leftarrow \\beta_2 m + (1-\\beta_2) g$."
+    """Lion (Chen et al., 2023): the update is the sign of $\\beta_1 m + (1-\\beta_1)
+    g$; then $m \\leftarrow \\beta_2 m + (1-\\beta_2) g$."""
     if 'exp_avg' not in state: state['exp_avg'] = torch.zeros_like(p)
     m = state['exp_avg']
     update = m.mul(betas[0]).add_(g, alpha=1 - betas[0]).sign_()

@@ -36,19 +36,21 @@ BACKENDS = dict(cpu=CppKernel, cuda=TritonKernel) # the kernel of each kind of d
 LIMIT = 16 # recordings of the same steps; with more, Python runs them
 
 class Program:
-    """A recording and, if one can be made, its kernel. It keeps the steps, so that `Memo`
-    may know them by their ids."""
+    """A recording and, if one can be made, its kernel. It keeps the steps, so that
+    `Memo` may know them by their ids."""
     def __init__(self,
         calls, # pairs of a step and its hyperparameters by name
         like:Tensor, # one of the parameters
         tensors, # keys of the tensors in the state
         numbers:dict, # the rest of the state
-        watched=None, # what the steps read besides their arguments, as `Memo.watch` says
+        watched=None, # what the steps read besides their arguments: from `Memo.watch`
     ):
         self.steps, self.watched = [f for f, _ in calls], watched
         self.recording = record(calls, like, tensors, numbers)
-        self.numbers = self.recording.numbers # of one step: `numbers(hypers, state, like)`
-        self.reason = self.recording.reason # why there is no kernel; `None`: there can be
+        # of one step: `numbers(hypers, state, like)`
+        self.numbers = self.recording.numbers
+        # why there is no kernel; `None`: there can be
+        self.reason = self.recording.reason
         self.kernel = None # made when it is first needed
         if self.recording != record(calls, like, tensors, numbers):
             self.reason = 'the steps do something else each time they are run'
@@ -85,7 +87,8 @@ class Memo:
     def __init__(self):
         self.plans, self.programs, self.told = {}, {}, set()
         self.steps, self.outside, self.names = [], [], frozenset()
-        self.alone = self.unrecordable = None   # why lists, or kernels, cannot run the steps
+        # why lists, or kernels, cannot run the steps
+        self.alone = self.unrecordable = None
 
     def read(self,
         calls, # pairs of a step and its hyperparameters by name
@@ -99,8 +102,8 @@ class Memo:
         self.unrecordable = _first_reason(steps, [o.unrecordable for o in self.outside])
 
     def watch(self) -> list: # equal as long as nothing has changed
-        """What the steps read besides their arguments, as it is now; `Unfusable` if it may
-        change without being noticed."""
+        """What the steps read besides their arguments, as it is now; `Unfusable` if it
+        may change without being noticed."""
         for f, outside in zip(self.steps, self.outside):
             if not outside.unwatched: continue
             raise Unfusable(f'step {name_of(f)} reads {outside.unwatched[0]}, '
@@ -158,7 +161,7 @@ def _same(xs, ys): return len(xs) == len(ys) and all(map(operator.is_, xs, ys))
 
 def _hold(program, hypers, numbers, like): # `None` where a guard does not hold
     try: found = program.numbers(hypers, numbers, like)
-    except Exception: return None   # 1/0, the root of -1, a number that is none any more
+    except Exception: return None  # 1/0, the root of -1, a number that is none any more
     return None if found is None else Held(program, *found)
 
 # %% ../nbs/10e_fused.ipynb #8c8a83d1
@@ -168,13 +171,13 @@ def touch(
     "Raise their count of changes."
     bump = torch.autograd.graph.increment_version
     try: bump(tensors)
-    except (TypeError, RuntimeError):           # older versions of torch take one at a time
+    except (TypeError, RuntimeError):  # older versions of torch take one at a time
         for t in tensors: bump(t)
 
 # %% ../nbs/10e_fused.ipynb #9f3afd3c
 class Launch(NamedTuple):
-    """A batch that is ready to be stepped by a kernel: all has been checked, nothing has
-    changed yet."""
+    """A batch that is ready to be stepped by a kernel: all has been checked, nothing
+    has changed yet."""
     batch:Batch
     kernel:object # from `BACKENDS`
     layout:Layout
@@ -182,8 +185,8 @@ class Launch(NamedTuple):
     numbers:dict # numbers for the state
 
     def run(self):
-        """Step the batch, and then count the step: an interruption leaves no count ahead
-        of its weights."""
+        """Step the batch, and then count the step: an interruption leaves no count
+        ahead of its weights."""
         params, *states = self.layout.pointers
         grads = self.layout.gradients.addresses
         self.kernel([params, grads, *states], self.layout, self.coefs)
@@ -193,7 +196,7 @@ class Launch(NamedTuple):
 def prepare(
     memo:Memo, # of the optimizer
     calls, # pairs of a step and its hyperparameters by name
-    batch:Batch, # from `batches_of`: its layout was found to fit at this step, or is missing
+    batch:Batch, # from `batches_of`: its layout fits at this step, or is missing
 ) -> Launch:
     "Get a batch ready, all but its gradients; `Unfusable` if no kernel can step it."
     bucket = batch.bucket
@@ -227,8 +230,8 @@ def check_apart(
     spans:Spans, # what the kernels write
     batches, # that Python will step
 ):
-    """Raise `Unfusable` if a tensor of a kernel lies where one of Python's does: then their
-    order matters."""
+    """Raise `Unfusable` if a tensor of a kernel lies where one of Python's does: then
+    their order matters."""
     tensors = [t for batch in batches for column in batch.written() for t in column]
     if spans.meets(map(span, filter(has_memory, tensors))):
         raise Unfusable('a tensor shares its memory with one that no kernel can step')
@@ -284,8 +287,8 @@ def acts_by_element(
 def is_large(
     p:Tensor, # a parameter
 ) -> bool:
-    """Whether there are at least two pieces of it, a CPU walks over them, and every element
-    is rounded alike."""
+    """Whether there are at least two pieces of it, a CPU walks over them, and every
+    element is rounded alike."""
     if p.device.type != 'cpu' or p.dtype in HALF or type(p) not in PLAIN: return False
     return p.ndim > 0 and p.numel() >= 2*PIECE
 
@@ -313,8 +316,8 @@ def states_of(
     opt, # a `StepOptimizer`
     params, # of one group, those with a gradient
 ) -> list:
-    """The state of each; where the optimizer's states stand in the same order, none has to
-    be looked up."""
+    """The state of each; where the optimizer's states stand in the same order, none has
+    to be looked up."""
     if len(opt.state) == len(params) and all(map(operator.is_, opt.state, params)):
         return list(opt.state.values())
     return [opt.state[p] for p in params]
@@ -347,7 +350,7 @@ def _is_valid(plan, batches, fused): # every batch is asked: what was wrong is f
 def _fits_kernel(plan, batch):
     bucket = batch.bucket
     if bucket.layout and bucket.layout.fits(batch.written()): return True
-    bucket.layout, plan.tied = None, None        # what was wrong once is not asked again
+    bucket.layout, plan.tied = None, None  # what was wrong once is not asked again
     return batch.has_forms()
 
 def _fits_lists(plan, batch):
@@ -356,15 +359,15 @@ def _fits_lists(plan, batch):
     if not has_addresses: return batch.has_forms()
     addresses = list(map(Tensor.data_ptr, batch.params))
     if addresses == bucket.addresses: return batch.has_types()
-    bucket.addresses, plan.tied = addresses, None     # parameters have moved, and may meet
+    bucket.addresses, plan.tied = addresses, None  # parameters have moved, and may meet
     return batch.has_forms()
 
 def are_tied(
     plan:Plan, # of the batches
     batches, # to be stepped in lists
 ) -> bool:
-    """Whether two tensors that the steps change lie in the same memory; asked anew when a
-    parameter has moved."""
+    """Whether two tensors that the steps change lie in the same memory; asked anew when
+    a parameter has moved."""
     if plan.tied is None:
         tensors = [t for batch in batches for column in batch.written() for t in column]
         plan.tied = Spans(map(span, filter(has_memory, tensors))).overlap
@@ -375,14 +378,14 @@ def run_list(
     run, # `run(p, g, state)`: the steps
     batch:Batch, # to be stepped
 ):
-    """Step a batch as a list; the very first parameter of an optimizer alone, which shows
-    what its steps keep."""
+    """Step a batch as a list; the very first parameter of an optimizer alone, which
+    shows what its steps keep."""
     if opt.proven or len(batch.params) == 1: return in_lists(run, batch)
     first, others = batch.split()
     before = Snapshot(first.params[0], first.states[0])
     in_lists(run, first)
     try: in_lists(run, others)
-    except BaseException:                        # such as a question with several answers
+    except BaseException:  # such as a question with several answers
         before.restore()
         opt.proven = False
         raise
@@ -394,7 +397,8 @@ def run_alone(
     "Step one parameter after the other, in the order of the group."
     arguments = {} # by place in the group
     for batch in batches:
-        arguments.update(zip(batch.bucket.rows, zip(batch.params, batch.grads, batch.states)))
+        rows = zip(batch.params, batch.grads, batch.states)
+        arguments.update(zip(batch.bucket.rows, rows))
     for place in sorted(arguments): run(*arguments[place])
 
 def run_together(
@@ -403,7 +407,8 @@ def run_together(
     params, # of one group, those with a gradient
     grads, # their gradients
 ):
-    "Step a group in kernels or lists, and where neither can be, one parameter at a time."
+    """Step a group in kernels or lists, and where neither can be, one parameter at a
+    time."""
     if opt.memo is None: opt.memo = Memo()
     memo, run = opt.memo, partial(opt.advance, calls)
     memo.read(calls)
@@ -424,6 +429,6 @@ def _takes_lists(opt, params, plan, batches):
     if not opt.takes_lists(params): return False
     if opt.memo.alone is None: return not are_tied(plan, batches)
     if opt.foreach:
-        opt.memo.tell(opt.memo.alone,
-                      'foreach=True, and still one parameter is stepped after the other')
+        instead = 'foreach=True, and still one parameter is stepped after the other'
+        opt.memo.tell(opt.memo.alone, instead)
     return False
