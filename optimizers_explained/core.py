@@ -11,7 +11,8 @@ from optimizers_explained.core import StepOptimizer, decay, momentum, sgd
 def clip(p, g, state, *, largest=1.): return g.clamp(-largest, largest)
 
 model = torch.nn.Linear(2, 1)
-opt = StepOptimizer(model.parameters(), [clip, decay, momentum, sgd], lr=0.1, momentum=0.9, weight_decay=0.01, largest=0.5)
+opt = StepOptimizer(model.parameters(), [clip, decay, momentum, sgd],
+                    lr=0.1, momentum=0.9, weight_decay=0.01, largest=0.5)
 ```
 
 Docs: https://optimizers-explained.github.io/optimizers_explained/core.html.md"""
@@ -29,7 +30,8 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
-from .checkpoint import check_form, check_keys, prepare, settle, store
+from .checkpoint import (
+    check_form, check_keys, prepare, settle, store)
 from .checks import (
     Ambiguous, Checked, Snapshot, as_list, check_capture, check_dense, check_group,
     check_hypers, check_speed, check_state, check_update, explained, name_of,
