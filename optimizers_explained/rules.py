@@ -6,8 +6,11 @@ is decoupled decay in other numbers, and in what two Lambs differ.
 ```python
 from optimizers_explained.rules import canonical, l2_settings
 
-canonical('composer.DecoupledSGDW', dict(lr=0.1, momentum=0.9, weight_decay=1e-4))['weight_decay']      # 0.001, to be multiplied by lr
-l2_settings(lr=0.1, momentum=0.9, weight_decay=1e-3)      # the same decay in the words of torch.optim.SGD
+recipe = dict(lr=0.1, momentum=0.9, weight_decay=1e-4)
+form = canonical('composer.DecoupledSGDW', recipe)
+form['weight_decay']      # 0.001, to be multiplied by lr
+# the same decay in the words of torch.optim.SGD:
+l2_settings(lr=0.1, momentum=0.9, weight_decay=1e-3)
 ```
 
 Docs: https://optimizers-explained.github.io/optimizers_explained/rules.html.md"""
