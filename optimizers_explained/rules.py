@@ -77,9 +77,13 @@ def canonical(
     if meaning == 'rel':
         lr0 = given.get('max_lr') or initial_lr or given['lr']
         form.update(decay='lr', weight_decay=form['weight_decay']/lr0)
+
+    # dampening: optimi's is a switch for the value of momentum
     if name == 'optimi.SGD':
         form['dampening'] = form['momentum'] if given['dampening'] else 0.
         if given['dampening'] and not given['torch_init']: form = _undamped(form)
+
+    # what has no effect
     if form['family'] == 'sgd' and not form['momentum']:
         form.update(dampening=0., caution=False)
         if form['decay'] == 'l2': form['decay'] = 'lr'
@@ -87,11 +91,12 @@ def canonical(
         form['family'] = 'adam'
     if name == 'timm.Lamb' and not form['weight_decay'] and not form['always_adapt']:
         form.update(family='adam', trust_clip=False)
+
+    # without averaging, Adam's step is larger; a trust ratio undoes any scale
     if form['family'] == 'adam' and not form['grad_averaging']:
         form = _scaled({**form, 'grad_averaging': True}, 1/(1 - form['betas'][0]))
     decay_in_ratio = form['decay'] == 'trust' and form['weight_decay']
-    if not form['trust_clip'] and not decay_in_ratio:
-        form['grad_averaging'] = True      # the trust ratio undoes any scale
+    if not form['trust_clip'] and not decay_in_ratio: form['grad_averaging'] = True
     return form
 
 # %% ../nbs/08b_rules.ipynb #a8313800
@@ -109,6 +114,7 @@ class Ruling(NamedTuple):
     why: str = '' # a clause, or nothing if the rule changes nothing
 
 def _family(form, src, dst):
+    "No family becomes another; AdamW and NAdamW are close."
     mine, theirs = form['family'], optimizers[dst].family
     if mine == theirs or _becomes_adam(form, dst): return Ruling(form)
     why = f'{src} {families[mine]}, {dst} {families[theirs]}'
@@ -122,6 +128,7 @@ def _becomes_adam(form, dst):
     return dst == 'timm.NAdamW' and not form['betas'][0]
 
 def _features(form, src, dst):
+    "What `dst` lacks is left out."
     reduced, lost = dict(form), []
     for argument, neutral in _neutral.items():
         if form[argument] == neutral or argument in optimizers[dst].defaults: continue
@@ -131,6 +138,7 @@ def _features(form, src, dst):
     return Ruling(reduced, 'none', ' and '.join(lost))
 
 def _dampening(form, src, dst):
+    "Without dampening, a smaller rate; the ghost of the first gradient is lost."
     tau = form['dampening']
     theirs = optimizers[dst].defaults.get('dampening')
     takes_any = isinstance(theirs, float)
@@ -161,11 +169,12 @@ def decay_meanings(
     return meanings
 
 def _decay(form, src, dst):
+    "The recipe's own meaning of decay, or the same in other numbers, or the closest."
     meanings = decay_meanings(dst)
     if not form['weight_decay']:
         return Ruling({**form, 'decay': decay_meaning(dst, optimizers[dst].defaults)})
     if form['style'] in meanings: return Ruling({**form, 'decay': form['style']})
-    same = []
+    same = []      # meanings that are this decay in other numbers
     if form['decay'] in ('lr', 'lr2'):
         same = ['lr', 'rel']
         if form['family'] == 'sgd' and not form['momentum']: same.append('l2')
@@ -181,14 +190,16 @@ def _decay(form, src, dst):
 
 def _as_decoupled(form, to, why):
     "L2 inside momentum as decay of the kind `to`: the closest form."
-    lr, mu, tau, wd = (form[o] for o in ('lr', 'momentum', 'dampening', 'weight_decay'))
+    lr, wd = form['lr'], form['weight_decay']
+    mu, tau = form['momentum'], form['dampening']
     k = lr*(1 - tau)*wd
     threshold = (1 - mu**0.5)**2
     if k > threshold:
         swings = (f'; above lr*weight_decay = {threshold:.2g} such L2 swings weights '
                   'through zero, which no decoupled decay does')
         return Ruling(None, 'none', why + swings)
-    a = ((1 + k - mu) - ((1 + k - mu)**2 - 4*k)**0.5)/2
+    total = 1 + k - mu      # of the two roots; a is the smaller one
+    a = (total - (total**2 - 4*k)**0.5)/2
     twin = {**form, 'decay': to, 'momentum': mu/(1 - a), 'weight_decay': a/lr}
     if form['nesterov']:
         return Ruling({**form, 'decay': to, 'weight_decay': wd/(1 - mu)}, 'none', why)
@@ -228,7 +239,8 @@ def l2_settings(
 
 def _as_l2(form, why):
     "Decoupled decay as L2 inside momentum: the closest form."
-    lr, mu, tau, wd = (form[o] for o in ('lr', 'momentum', 'dampening', 'weight_decay'))
+    lr, wd = form['lr'], form['weight_decay']
+    mu, tau = form['momentum'], form['dampening']
     if form['nesterov']:
         return Ruling({**form, 'decay': 'l2', 'weight_decay': wd*(1 - mu)}, 'none', why)
     if not (tau < 1 and lr*wd < 1): return Ruling(None, 'none', why)
@@ -241,6 +253,7 @@ def _as_l2(form, why):
 
 # %% ../nbs/08b_rules.ipynb #6549b5f7
 def _cap(form, src, dst, trust_ratio=None):
+    "Between two Lambs, the limit of one of them."
     if form['family'] != 'lamb' or 'fastai.Lamb' not in (src, dst): return Ruling(form)
     why = 'fastai.Lamb caps the trust ratio at 10, timm.Lamb does not'
     if trust_ratio is None:
