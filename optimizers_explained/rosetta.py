@@ -193,8 +193,9 @@ def translate(
     form, holds, why = apply_rules(form, src, dst, context.get('trust_ratio'))
     if not why: why = 'Both compute the same update'
     if form is None: return Translation({}, holds, f'{why}.')
-    relative = 'composer.' in src + dst and form['weight_decay']
-    if holds == 'any schedule' and relative and not initial_lr:
+    composers = src.startswith('composer.') or dst.startswith('composer.')
+    relative = composers and form['weight_decay'] and not initial_lr
+    if holds == 'any schedule' and relative:
         why += ('; lr0 is the lr at construction, unless OneCycleLR moves it in '
                 'Composer itself (then give initial_lr)')
     lr0 = initial_lr or given['lr']
@@ -218,7 +219,7 @@ def copied(
     values = {}
     for argument, default in optimizers[dst].defaults.items():
         value = known.get(argument, default)
-        fits = argument == 'lr' or type(value) is type(default)
+        fits = argument == 'lr' or type(value) is type(default)      # not True for 0.9
         values[argument] = value if fits else default
     return _said(dst, values)
 
