@@ -84,8 +84,8 @@ def apart(src, hypers, dst, args):
 # ---- recipes
 
 SGDS = [
-    dict(), dict(mom=.9), dict(wd=.1), dict(mom=.9, wd=.02), dict(mom=.9, wd=.2),
-    dict(mom=.6, wd=.2)]
+    dict(), dict(mom=.9), dict(wd=.1),
+    dict(mom=.9, wd=.02), dict(mom=.9, wd=.2), dict(mom=.6, wd=.2)]
 OTHERS = [
     dict(), dict(wd=0.), dict(wd=.2), dict(b=(.8, .95), eps=1e-3),
     dict(b=(.8, .95), eps=1e-3, wd=.2), dict(b=(0., .95), wd=0.),
@@ -510,8 +510,8 @@ def test_the_command_as_a_process():
     assert json.loads(done.stdout) == dict(args=t.args, holds='none', why=t.why)
 
 
-SAYS = {'any schedule': 'exact under any schedule', 'constant lr': 'exact at a constant',
-        'none': 'no translation'}
+SAYS = {'any schedule': 'exact under any schedule',
+        'constant lr': 'exact at a constant', 'none': 'no translation'}
 
 
 @pytest.mark.parametrize('line,args,holds', [
