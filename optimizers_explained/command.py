@@ -25,7 +25,10 @@ from fastcore.docments import docments
 from .problems import default_device
 
 # %% ../nbs/20a_command.ipynb #c0de0003
-BAD_INPUT, NOT_WRITTEN, UNEXPECTED, INTERRUPTED = 2, 3, 4, 130
+BAD_INPUT = 2
+NOT_WRITTEN = 3
+UNEXPECTED = 4
+INTERRUPTED = 130      # what a shell gives for Ctrl-C
 
 class NotWritten(OSError):
     "A file or the output of a command cannot be written."
@@ -123,6 +126,7 @@ def say(
     try: print(text, flush=True)
     except UnicodeEncodeError: say(text.encode('ascii', 'backslashreplace').decode())
     except OSError as e:
+        # what is still in the buffer goes nowhere, or Python complains at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(e, BrokenPipeError): return
         raise NotWritten(f'cannot write the output: {e.strerror}') from None
@@ -227,8 +231,8 @@ def exit_code(
 
 def _open_closed_streams():
     "Python has None for an output that was closed with `>&-`."
-    for name in ('stdout', 'stderr'):
-        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, 'w'))
+    if sys.stdout is None: sys.stdout = open(os.devnull, 'w')
+    if sys.stderr is None: sys.stderr = open(os.devnull, 'w')
 
 def _failed(name, message, code):
     with suppress(OSError): print(f'{name}: {message}', file=sys.stderr, flush=True)
@@ -261,11 +265,10 @@ def _parser(func, name):
     parser = Parser(name, func.__doc__, answers=comments.get('return') or '0')
     for p in inspect.signature(func).parameters.values():
         text = comments[p.name].replace('%', '%%')
-        if p.annotation is bool: parser.option(p.name, action='store_true', help=text)
-        else: _add_value(parser, p, text)
+        if p.annotation is bool:
+            parser.option(p.name, action='store_true', help=text)
+            continue
+        kind, shown = p.annotation, f'({p.annotation.__name__})'
+        if p.default is not None: text += f' (default: {p.default})'
+        parser.option(p.name, type=kind, default=p.default, metavar=shown, help=text)
     return parser
-
-def _add_value(parser, p, text):
-    kind, shown = p.annotation, f'({p.annotation.__name__})'
-    if p.default is not None: text += f' (default: {p.default})'
-    parser.option(p.name, type=kind, default=p.default, metavar=shown, help=text)

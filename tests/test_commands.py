@@ -112,7 +112,7 @@ def another(name, default):
 @pytest.mark.parametrize('src', optimizers)
 @pytest.mark.parametrize('mark', '_-')
 def test_each_argument_of_each_optimizer_is_understood(src, mark, ran):
-    defaults = optimizers[src][2]
+    defaults = optimizers[src].defaults
     given = {k: another(k, default) for k, default in defaults.items()}
     words = []
     for k, v in given.items():
@@ -334,7 +334,9 @@ def test_a_disagreement_without_files_says_both(rows, tmp_path, monkeypatch, ran
 
 
 def removed(out): shutil.rmtree(out)
-def became_a_file(out): shutil.rmtree(out), out.write_text('mine')
+def became_a_file(out):
+    shutil.rmtree(out)
+    out.write_text('mine')
 def got_a_folder(out): (out/'race.png').mkdir()
 
 
@@ -387,7 +389,7 @@ def test_an_error_of_ours_is_no_disagreement(tmp_path, monkeypatch, ran):
 
 def test_bench_writes_strict_json(tmp_path, monkeypatch, ran):
     real = bench.run_bench
-    infinite = lambda **kw: dict(real(**kw), copy_gb_per_s=float('inf'))
+    def infinite(**kw): return dict(real(**kw), copy_gb_per_s=float('inf'))
     monkeypatch.setattr(bench, 'run_bench', infinite)
     assert ran('oe-bench', *QUICK, '--reps', 2, '--out', tmp_path).code == 0
     run = strict((tmp_path/'bench.json').read_text())
