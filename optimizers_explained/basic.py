@@ -107,6 +107,7 @@ def ticker(
     return bar.update
 
 def _step(model, loss_func, opt, xb, yb):
+    "One step on a batch; an optimizer that requires a closure gets one."
     def closure():
         opt.zero_grad()
         loss = loss_func(model(xb), yb)
