@@ -8,8 +8,9 @@ from optimizers_explained.core import StepOptimizer, decay, sgd
 from optimizers_explained.adam import adam, AdamW
 from optimizers_explained.problems import mlp
 
-opt = AdamW(mlp().parameters(), lr=1e-3)
-same = StepOptimizer(mlp().parameters(), [decay, adam, sgd], lr=1e-3, weight_decay=1e-2)      # what AdamW is
+params = list(mlp().parameters())
+opt = AdamW(params, lr=1e-3)
+same = StepOptimizer(params, [decay, adam, sgd], lr=1e-3, weight_decay=1e-2)
 ```
 
 Docs: https://optimizers-explained.github.io/optimizers_explained/adam.html.md"""
@@ -28,14 +29,19 @@ from .core import decay, decay_rel, flip, l2, sgd
 
 # %% ../nbs/11_adam.ipynb #87644b90
 def adam(p, g, state, *, betas=(0.9, 0.999), eps=1e-8, amsgrad=False):
-    "Adam (Kingma and Ba, 2015): the update is $\\hat m/(\\sqrt{\\hat v}+\\epsilon)$, with averages of $g$ and $g^2$ divided by $1-\\beta^t$."
-    if 'exp_avg' not in state: state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    """Adam (Kingma and Ba, 2015): the update is $\\hat m/(\\sqrt{\\hat v}+\\epsilon)$,
+    with averages of $g$ and $g^2$ divided by $1-\\beta^t$."""
+    if 'exp_avg' not in state:
+        m, v = torch.zeros_like(p), torch.zeros_like(p)
+        state.update(step=0, exp_avg=m, exp_avg_sq=v)
     t = state['step'] = state['step'] + 1
     m = state['exp_avg'].lerp_(g, 1 - betas[0])
     v = state['exp_avg_sq'].mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-    if amsgrad: v = state['max_exp_avg_sq'] = torch.maximum(state.get('max_exp_avg_sq', v), v)
-    c = 1 - betas[0]**t                                 # above and below the line; from the root on in place, so that one tensor is allocated
-    return v.sqrt().mul_(c/(1 - betas[1]**t)**0.5).add_(eps*c).reciprocal_().mul_(m)
+    if amsgrad:
+        v = state['max_exp_avg_sq'] = torch.maximum(state.get('max_exp_avg_sq', v), v)
+    c = 1 - betas[0]**t                 # it stands above and below the line
+    root = v.sqrt().mul_(c/(1 - betas[1]**t)**0.5)      # the only tensor allocated
+    return root.add_(eps*c).reciprocal_().mul_(m)
 
 # %% ../nbs/11_adam.ipynb #6fb4a329
 class Adam(StepOptimizer):

@@ -5,9 +5,12 @@ draw: a noisy signal, a ravine, a bent valley. The last problem is real: 1,797 h
 
 ```python
 import torch
+from functools import partial
 from optimizers_explained.problems import trajectory, ravine, diff_table
 
-sgd = lambda lr: trajectory(lambda ps: torch.optim.SGD(ps, lr=lr), ravine, start=[1., 1.], steps=20)
+def sgd(lr):
+    return trajectory(partial(torch.optim.SGD, lr=lr), ravine, [1., 1.], steps=20)
+
 diff_table({'lr 0.02': sgd(0.02), 'lr 0.07': sgd(0.07)})
 ```
 
@@ -33,24 +36,28 @@ def noisy_signal(
     noise=0.3, # standard deviation of the Gaussian noise
     seed=42, # the same seed gives the same noise
 ) -> tuple: # `(t, y)`, two float64 tensors of shape `[n]`
-    "One and a half periods of a sine over `t` in [0, 1], plus noise: $y = \\sin(3\\pi t) + \\epsilon$."
+    """One and a half periods of a sine over `t` in [0, 1], plus noise:
+    $y = \\sin(3\\pi t) + \\epsilon$."""
     t = torch.linspace(0, 1, n, dtype=torch.float64)
-    eps = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    eps = torch.randn(n, generator=generator, dtype=torch.float64)
     return t, torch.sin(3*torch.pi*t) + noise*eps
 
 # %% ../nbs/00_problems.ipynb #ab4f6fdc
 def ravine(
-    x:Tensor, # points, shape `[..., 2]` (or as many coordinates as there are curvatures)
+    x:Tensor, # points, shape `[..., 2]`: as many coordinates as there are curvatures
     curvature=(1., 25.), # second derivative along each axis
 ) -> Tensor: # loss at each point, shape `[...]`
-    "An ill-conditioned quadratic bowl, $\\tfrac{1}{2}\\sum_i c_i x_i^2$, with its minimum 0 at the origin."
+    """An ill-conditioned quadratic bowl, $\\tfrac{1}{2}\\sum_i c_i x_i^2$,
+    with its minimum 0 at the origin."""
     return (x**2 @ x.new_tensor(curvature)) / 2
 
 # %% ../nbs/00_problems.ipynb #fb4739f6
 def rosenbrock(
     x:Tensor, # points, shape `[..., 2]`
 ) -> Tensor: # loss at each point, shape `[...]`
-    "Rosenbrock's function (1960), $(1-x_0)^2 + 100(x_1-x_0^2)^2$, with its minimum 0 at (1, 1)."
+    """Rosenbrock's function (1960), $(1-x_0)^2 + 100(x_1-x_0^2)^2$,
+    with its minimum 0 at (1, 1)."""
     return (1 - x[..., 0])**2 + 100*(x[..., 1] - x[..., 0]**2)**2
 
 # %% ../nbs/00_problems.ipynb #cc9f05c4
@@ -59,10 +66,11 @@ def trajectory(
     f, # the loss, a function of one tensor
     start, # where `p` begins: a number or a list of numbers
     steps=50, # number of steps
-) -> Tensor: # float64, shape `[steps+1, *p.shape]`: `p` before the first step and after each
+) -> Tensor: # `p` at the start and after each step, float64 `[steps+1, *p.shape]`
     "Minimize `f` from `start` and record where the parameter was."
     p = torch.tensor(start, dtype=torch.float64, requires_grad=True)
-    opt, path = make_opt([p]), [p.detach().clone()]
+    opt = make_opt([p])
+    path = [p.detach().clone()]
     for _ in range(steps):
         opt.zero_grad()
         f(p).backward()
@@ -83,8 +91,10 @@ def plot_paths(
     ax = ax or plt.subplots(figsize=(6, 3))[1]
     xs, ys = torch.linspace(*xlim, 200), torch.linspace(*ylim, 200)
     z = f(torch.stack(torch.meshgrid(xs, ys, indexing='xy'), -1))
-    ax.contour(xs, ys, z, levels=z.quantile(torch.linspace(0.01, 0.95, 12)), colors='0.75', linewidths=0.8)
-    for label, path in paths.items(): ax.plot(*path.T, 'o-', ms=2.5, lw=1.2, label=label)
+    levels = z.quantile(torch.linspace(0.01, 0.95, 12))
+    ax.contour(xs, ys, z, levels=levels, colors='0.75', linewidths=0.8)
+    for label, path in paths.items():
+        ax.plot(*path.T, 'o-', ms=2.5, lw=1.2, label=label)
     ax.set(xlim=xlim, ylim=ylim)
     ax.legend(fontsize=8)
     return ax
@@ -94,13 +104,21 @@ def max_diff(
     a, # a tensor, or a list of tensors
     b, # the same shapes as `a`
 ) -> float: # 0.0 only if all elements are equal; NaN if a difference is NaN
-    "Largest absolute difference between two tensors, or between two lists of them; different shapes are a `ValueError`."
+    """Largest absolute difference between two tensors, or between two lists of them;
+    different shapes are a `ValueError`."""
     if isinstance(a, Tensor): a, b = [a], [b]
     a, b = list(a), list(b)
-    shapes = [[tuple(o.shape) for o in os] for os in (a, b)]
-    if shapes[0] != shapes[1]: raise ValueError(f"a and b must have the same shapes, got {shapes[0]} and {shapes[1]}")
-    diffs = [(o.detach() - u.detach()).abs().max().double().cpu() for o, u in zip(a, b) if o.numel()]
-    return torch.stack(diffs).max().item() if diffs else 0.
+    shapes_a = [tuple(x.shape) for x in a]
+    shapes_b = [tuple(y.shape) for y in b]
+    if shapes_a != shapes_b:
+        raise ValueError("a and b must have the same shapes, "
+                         f"got {shapes_a} and {shapes_b}")
+    diffs = [torch.zeros((), dtype=torch.float64)]   # of nothing at all
+    for x, y in zip(a, b):
+        if not x.numel(): continue
+        diff = (x.detach() - y.detach()).abs().max()
+        diffs.append(diff.double().cpu())
+    return torch.stack(diffs).max().item()
 
 # %% ../nbs/00_problems.ipynb #7ab1e001
 def markdown_table(
@@ -108,14 +126,17 @@ def markdown_table(
     rows, # for each row a text for every column
 ) -> str: # the first column is aligned left, the others right
     "A Markdown table that also reads well in a terminal."
-    lines = [list(head), *map(list, rows)]
+    lines = [list(head)] + [list(row) for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(*lines)]
-    rule = [f':{"-"*(widths[0] - 1)}', *(f'{"-"*(w - 1)}:' for w in widths[1:])]
-    first, *others = widths
-    def line(cells):
-        aligned = [cells[0].ljust(first), *map(str.rjust, cells[1:], others)]
-        return f"| {' | '.join(aligned)} |"
-    return '\n'.join(map(line, [lines[0], rule, *lines[1:]]))
+    rule = [':' + '-'*(widths[0] - 1)]
+    for width in widths[1:]: rule.append('-'*(width - 1) + ':')
+    lines.insert(1, rule)
+    written = []
+    for first, *others in lines:
+        cells = [first.ljust(widths[0])]
+        for text, width in zip(others, widths[1:]): cells.append(text.rjust(width))
+        written.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join(written)
 
 # %% ../nbs/00_problems.ipynb #f7e3c0d9
 class DiffTable(dict):
@@ -123,20 +144,25 @@ class DiffTable(dict):
     def __init__(self,
         runs:dict, # `{name: run}`, each run a tensor or a list of tensors
     ):
-        super().__init__({(a, b): max_diff(runs[a], runs[b]) for a in runs for b in runs})
+        super().__init__()
         self.names = list(runs)
+        for a in self.names:
+            for b in self.names: self[a, b] = max_diff(runs[a], runs[b])
 
     def __repr__(self):
         pairs = combinations(self.names, 2)
         return '\n'.join(f'{a} | {b}: {self[a, b]:.1e}' for a, b in pairs)
 
     def _repr_markdown_(self):
-        rows = ([f'**{a}**', *(self._cell(a, b) for b in self.names)] for a in self.names)
+        rows = []
+        for a in self.names:
+            rows.append([f'**{a}**'] + [self._cell(a, b) for b in self.names])
         return markdown_table(['', *self.names], rows)
 
     def _cell(self, a, b):
         if a == b: return ''
-        return '0' if self[a, b] == 0 else f'{self[a, b]:.1e}'
+        if self[a, b] == 0: return '0'
+        return f'{self[a, b]:.1e}'
 
 def diff_table(
     runs:dict, # `{name: run}`, each run a tensor or a list of tensors, all of one shape
@@ -149,36 +175,45 @@ def digits(
     bs=64, # images in a batch
     seed=42, # decides the split and the order of the batches
     dtype=torch.float32, # of the images; float64 where runs are compared
-) -> tuple: # `(train_dl, valid_dl)`: batches of images `[bs, 1, 8, 8]` in [0, 1] and classes `[bs]`
-    "scikit-learn's handwritten digits (UCI, Alpaydin and Kaynak 1998); two calls with one `seed` give the same batches in the same order."
+) -> tuple: # `(train_dl, valid_dl)`: batches of images and their classes
+    """scikit-learn's handwritten digits (UCI, Alpaydin and Kaynak 1998):
+    images `[bs, 1, 8, 8]` in [0, 1] and classes `[bs]`.
+    Two calls with one `seed` give the same batches in the same order."""
     from sklearn.datasets import load_digits
     data = load_digits()
-    xs, ys = torch.tensor(data.images, dtype=dtype)[:, None]/16, torch.tensor(data.target, dtype=torch.int64)
+    images = torch.tensor(data.images, dtype=dtype)[:, None]/16
+    classes = torch.tensor(data.target, dtype=torch.int64)
     gen = torch.Generator().manual_seed(seed)
-    valid, train = torch.randperm(len(xs), generator=gen).split([len(xs)//5, len(xs) - len(xs)//5])
-    return (DataLoader(TensorDataset(xs[train], ys[train]), batch_size=bs, shuffle=True, generator=gen),
-            DataLoader(TensorDataset(xs[valid], ys[valid]), batch_size=bs))
+    order = torch.randperm(len(images), generator=gen)
+    held_out = len(images)//5
+    valid, train = order[:held_out], order[held_out:]
+    train_ds = TensorDataset(images[train], classes[train])
+    valid_ds = TensorDataset(images[valid], classes[valid])
+    return (DataLoader(train_ds, batch_size=bs, shuffle=True, generator=gen),
+            DataLoader(valid_ds, batch_size=bs))
 
 # %% ../nbs/00_problems.ipynb #556564a3
-def _seeded(seed, *layers):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(*(layer() for layer in layers))
-
 def mlp(
     seed=42, # decides the initial weights
     hidden=32, # units in the hidden layer
 ) -> nn.Sequential: # images `[bs, 1, 8, 8]` to logits `[bs, 10]`
     "A network with one hidden layer for `digits`."
-    return _seeded(seed, nn.Flatten, lambda: nn.Linear(64, hidden), nn.ReLU, lambda: nn.Linear(hidden, 10))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 10))
 
 def convnet(
     seed=42, # decides the initial weights
 ) -> nn.Sequential: # images `[bs, 1, 8, 8]` to logits `[bs, 10]`
     "Two convolutions with batch normalization and a linear layer, for `digits`."
-    return _seeded(seed, lambda: nn.Conv2d(1, 16, 3, padding=1), lambda: nn.BatchNorm2d(16), nn.ReLU, lambda: nn.MaxPool2d(2),
-                   lambda: nn.Conv2d(16, 32, 3, padding=1), lambda: nn.BatchNorm2d(32), nn.ReLU,
-                   lambda: nn.AdaptiveAvgPool2d(1), nn.Flatten, lambda: nn.Linear(32, 10))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 
 # %% ../nbs/00_problems.ipynb #bf06b432
 def accuracy(
@@ -197,14 +232,16 @@ def default_device() -> torch.device: # `cuda` or `cpu`
 def colab_link(
     page, # file name of a notebook in `nbs`, without `.ipynb`
 ):  # an IPython `Markdown`
-    "A link that opens notebook `page` in Google Colab; the repository is read from this package's own metadata."
+    """A link that opens notebook `page` in Google Colab;
+    the repository is read from this package's own metadata."""
     from IPython.display import Markdown
-    urls = dict(o.split(', ') for o in metadata('optimizers_explained').get_all('Project-URL'))
-    repo = urls['Repository'].split('github.com/')[1]
-    return Markdown(f'[Open this page in Colab](https://colab.research.google.com/github/{repo}/blob/main/nbs/{page}.ipynb)')
+    urls = metadata('optimizers_explained').get_all('Project-URL')
+    repo = dict(url.split(', ') for url in urls)['Repository'].split('github.com/')[1]
+    colab = f'https://colab.research.google.com/github/{repo}/blob/main'
+    return Markdown(f'[Open this page in Colab]({colab}/nbs/{page}.ipynb)')
 
 def versions(
     *names, # distributions to list besides torch
 ) -> dict: # `{name: version}`
     "Versions of torch and the named distributions, for the foot of a page."
-    return {o: version(o) for o in ('torch', *names)}
+    return {name: version(name) for name in ('torch', *names)}

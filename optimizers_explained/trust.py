@@ -9,8 +9,10 @@ from optimizers_explained.adam import adam
 from optimizers_explained.trust import LAMB, trust
 from optimizers_explained.problems import mlp
 
-opt = LAMB(mlp().parameters(), lr=1e-2)
-decoupled = StepOptimizer(mlp().parameters(), [decay, adam, trust, sgd], lr=1e-2, weight_decay=0.01)      # fastai's order
+params = list(mlp().parameters())
+opt = LAMB(params, lr=1e-2)
+fastais_order = [decay, adam, trust, sgd]
+decoupled = StepOptimizer(params, fastais_order, lr=1e-2, weight_decay=0.01)
 ```
 
 Docs: https://optimizers-explained.github.io/optimizers_explained/trust.html.md"""
@@ -29,12 +31,15 @@ from .composer import check_nesterov
 from .core import Betas, Params, StepOptimizer, flip, l2, sgd
 
 # %% ../nbs/15_trust.ipynb #29d935b7
-def _trusted(w, u, ratio): return torch.where((w > 0) & (u > 0), ratio, 1.)        # 1 where one of the norms is 0
+def _trusted(w, u, ratio):
+    return torch.where((w > 0) & (u > 0), ratio, 1.)    # 1 where one of the norms is 0
 
 def lars(p, g, state, *, weight_decay=0., trust_coeff=1e-3, eps=1e-8):
-    "LARS (You et al., 2017): $r\\,(g + \\lambda\\theta)$ with $r = \\eta|\\theta|/(|g| + \\lambda|\\theta| + \\epsilon)$, or 1 where a norm is 0."
+    """LARS (You et al., 2017): $r\\,(g + \\lambda\\theta)$, where $r$ is
+    $\\eta|\\theta|/(|g| + \\lambda|\\theta| + \\epsilon)$, or 1 where a norm is 0."""
     w, n = p.norm(), g.norm()
-    return g.add(p, alpha=weight_decay)*_trusted(w, n, trust_coeff*w/(n + weight_decay*w + eps))
+    ratio = trust_coeff*w/(n + weight_decay*w + eps)
+    return g.add(p, alpha=weight_decay)*_trusted(w, n, ratio)
 
 # %% ../nbs/15_trust.ipynb #fc766468
 class LARS(StepOptimizer):
@@ -64,7 +69,8 @@ class LARS(StepOptimizer):
 
 # %% ../nbs/15_trust.ipynb #7fb36520
 def trust(p, g, state):
-    "LAMB's ratio (You et al., 2020): $g\\,|\\theta|/|g|$, an update as long as the weights; $g$ itself where a norm is 0."
+    """LAMB's ratio (You et al., 2020): $g\\,|\\theta|/|g|$, an update as long as the
+    weights; $g$ itself where a norm is 0."""
     w, u = p.norm(), g.norm()
     return g*_trusted(w, u, w/u)
 

@@ -1,4 +1,5 @@
-"The checks of the site and of the README: they pass on this repository, and each fails on a page that is broken in just one way."
+"""The checks of the site and of the README: they pass on this repository, and each
+fails on a page that is broken in just one way."""
 import base64
 import shutil
 import types
@@ -8,7 +9,9 @@ from conftest import notebook
 from nbdev.config import get_config
 
 PNG = base64.b64encode(b'not a real picture').decode()
-FRONT = {'raw': '---\ntitle: A page\noutput-file: page.html\n---\n'}
+FRONT = '---\ntitle: A page\noutput-file: page.html\n---\n'
+COLAB = 'https://colab.research.google.com/github/who/lib/blob/main/nbs'
+REPO = 'https://github.com/who/lib'
 SIDEBAR = '''
 website:
   sidebar:
@@ -25,7 +28,8 @@ website:
 def cfg(tmp_path):
     "What the checks read of the project's settings, for a project that is not ours"
     return types.SimpleNamespace(
-        doc_url='https://who.example/lib/', git_url='https://github.com/who/lib', user='who', repo='lib', branch='main',
+        doc_url='https://who.example/lib/', git_url=REPO,
+        user='who', repo='lib', branch='main',
         config_path=tmp_path, nbs_path=tmp_path/'nbs', readme_nb='index.ipynb')
 
 @pytest.fixture
@@ -40,30 +44,48 @@ def test_pages_of_this_repository(site, root):
     cfg = get_config(root)
     nbs = cfg.nbs_path
     assert site.pages(nbs)
-    # anchors of exported symbols exist only on processed pages: `.ci/site.py` checks those
-    assert [*site.sidebar(nbs), *site.links(nbs, cfg, check_anchors=False), *site.alt_texts(nbs), *site.colab(nbs, cfg)] == []
+    assert list(site.sidebar(nbs)) == []
+    # anchors of exported symbols are on processed pages: `.ci/site.py` checks those
+    assert list(site.links(nbs, cfg, check_anchors=False)) == []
+    assert list(site.alt_texts(nbs)) == []
+    assert list(site.colab(nbs, cfg)) == []
 
-def test_readme_is_the_front_page(readme): assert readme.stale() == [], 'run `python .ci/readme.py`'
+def test_readme_is_the_front_page(readme):
+    assert readme.stale() == [], 'run `python .ci/readme.py`'
 
 def test_generated_settings_are_current(root, tmp_path, monkeypatch):
     from nbdev import quarto
     cfg = get_config(root)
     monkeypatch.setattr(quarto, 'get_config', lambda: cfg)
-    old = cfg.nbs_path
+    stored = (cfg.nbs_path/'nbdev.yml').read_text()
     (tmp_path/'_quarto.yml').write_text('')
     monkeypatch.setitem(cfg, 'nbs_path', str(tmp_path))
     quarto.refresh_quarto_yml()
-    assert (tmp_path/'nbdev.yml').read_text() == (old/'nbdev.yml').read_text(), 'run `python .ci/site.py`'
+    fresh = (tmp_path/'nbdev.yml').read_text()
+    assert fresh == stored, 'run `python .ci/site.py`'
 
 # ---- links, headings, pictures
 
+GOOD_LINKS = f'''
+[page](index.ipynb)
+[heading](index.ipynb#part-1.5)
+[own heading](#one-two-three-with-code)
+[second of its name](#twice-1)
+[named](#other)
+![picture](pic.png)
+<img src="pic.png" alt="picture">
+[elsewhere](https://elsewhere.example/x#y)
+[site](https://who.example/lib/page.html#twice)
+[front](https://who.example/lib/)
+[repository]({REPO}/blob/main/README.md)
+[colab]({COLAB}/index.ipynb)
+'''
+NO_LINKS = '`[not](a_link.ipynb)`\n```python\nd[0](nor_this.ipynb)\n# no heading\n```'
+
 def test_links_that_lead_somewhere(site, cfg, nbs):
-    notebook(nbs/'01_page.ipynb', '# A page', '## One, two: *three* with `code`\n\ntext', '## Twice', '## Twice', '## Named {#other}',
-        '[a](index.ipynb) [b](index.ipynb#part-1.5) [c](#one-two-three-with-code) [d](#twice-1) [e](#other) ![g](pic.png) '
-        '<img src="pic.png" alt="g"> [f](https://elsewhere.example/x#y) [h](https://who.example/lib/page.html#twice) '
-        '[i](https://who.example/lib/) [j](https://github.com/who/lib/blob/main/README.md) '
-        '[k](https://colab.research.google.com/github/who/lib/blob/main/nbs/index.ipynb)',
-        '`[not](a_link.ipynb)`\n```python\nd[0](nor_this.ipynb)\n# no heading\n```')
+    notebook(nbs/'01_page.ipynb', '# A page',
+             '## One, two: *three* with `code`\n\ntext',
+             '## Twice', '## Twice', '## Named {#other}', GOOD_LINKS, NO_LINKS)
     notebook(nbs/'index.ipynb', '# Index', '## 1. Part 1.5')
     (nbs/'pic.png').write_bytes(b'.')
     assert list(site.links(nbs, cfg)) == []
@@ -74,70 +96,84 @@ def test_links_that_lead_somewhere(site, cfg, nbs):
     ('![a](gone.png)', 'leads nowhere'),
     ('<img alt="a" src="gone.png">', 'leads nowhere'),
     ('[a](https://who.example/lib/gone.html)', 'leads nowhere'),
-    ('[a](https://github.com/who/lib/blob/main/GONE.md)', 'leads nowhere'),
-    ('[a](https://colab.research.google.com/github/who/lib/blob/main/nbs/gone.ipynb)', 'leads nowhere'),
+    (f'[a]({REPO}/blob/main/GONE.md)', 'leads nowhere'),
+    (f'[a]({COLAB}/gone.ipynb)', 'leads nowhere'),
     ('[a](../README.md)', 'leaves the site'),
     ('[a](#three)', 'no such heading'),
     ('[a](index.ipynb#part)', 'no such heading'),
     ('[a](https://who.example/lib/page.html#gone)', 'no such heading')])
 def test_links_that_lead_nowhere(site, cfg, nbs, link, wrong):
+    text = f'See {link}.'
     notebook(nbs/'index.ipynb', '# Index')
-    notebook(nbs/'01_page.ipynb', '# A page', '## One', f'See {link}.')
-    assert [f for f in site.links(nbs, cfg) if wrong in f] == list(site.links(nbs, cfg)) != []
-    notebook(nbs/'01_page.ipynb', '# A page', ('colab()', {'text/markdown': f'See {link}.'}))
+    notebook(nbs/'01_page.ipynb', '# A page', '## One', text)
+    found = list(site.links(nbs, cfg))
+    assert found
+    for finding in found: assert wrong in finding
+    notebook(nbs/'01_page.ipynb', '# A page', ('colab()', {'text/markdown': text}))
     assert len(list(site.links(nbs, cfg))) == 1, 'a link in an output counts too'
-    notebook(nbs/'01_page.ipynb', '# A page', ('#| output: asis\nprint(md)', f'See {link}.'), ('print(md)', f'See {link}.'))
+    notebook(nbs/'01_page.ipynb', '# A page',
+             ('#| output: asis\nprint(md)', text), ('print(md)', text))
     assert len(list(site.links(nbs, cfg))) == 1, 'and one in printed Markdown'
 
 def test_figures_need_alt_text(site, nbs):
     figure = {'image/png': PNG, 'text/plain': '<Figure>'}
-    notebook(nbs/'01_good.ipynb', ('#| fig-alt: "a falling line"\nplot()', figure), '![a line](p.png)', ('print(1)', {'text/plain': '1'}))
+    notebook(nbs/'01_good.ipynb',
+             ('#| fig-alt: "a falling line"\nplot()', figure),
+             '![a line](p.png)',
+             ('print(1)', {'text/plain': '1'}))
     assert list(site.alt_texts(nbs)) == []
-    for bad in ('plot()', '#| fig-alt: ""\nplot()', '#| echo: false\nplot()'):
-        notebook(nbs/'02_bad.ipynb', (bad, figure))
+    for source in ('plot()', '#| fig-alt: ""\nplot()', '#| echo: false\nplot()'):
+        notebook(nbs/'02_bad.ipynb', (source, figure))
         assert len(list(site.alt_texts(nbs))) == 1
-    for bad in ('![](p.png)', '<img src="p.png">', '<img src="p.png" alt="">'):
-        notebook(nbs/'02_bad.ipynb', bad)
+    for text in ('![](p.png)', '<img src="p.png">', '<img src="p.png" alt="">'):
+        notebook(nbs/'02_bad.ipynb', text)
         assert len(list(site.alt_texts(nbs))) == 1
 
 def test_every_page_opens_in_colab(site, cfg, nbs):
-    url = 'https://colab.research.google.com/github/who/lib/blob/main/nbs/{}'
-    notebook(nbs/'01_page.ipynb', ('colab_link("01_page")', {'text/markdown': f'[Open]({url.format("01_page.ipynb")})'}))
-    assert list(site.colab(nbs, cfg)) == []
-    notebook(nbs/'01_page.ipynb', ('colab_link("02_other")', {'text/markdown': f'[Open]({url.format("02_other.ipynb")})'}))
-    assert len(list(site.colab(nbs, cfg))) == 1
+    def findings(name):
+        link = {'text/markdown': f'[Open]({COLAB}/{name}.ipynb)'}
+        notebook(nbs/'01_page.ipynb', (f'colab_link("{name}")', link))
+        return list(site.colab(nbs, cfg))
+    assert findings('01_page') == []
+    assert len(findings('02_other')) == 1
     notebook(nbs/'01_page.ipynb', ('colab_link("01_page")',))
-    assert len(list(site.colab(nbs, cfg))) == 1, 'a cell that was never run shows no link'
+    assert len(list(site.colab(nbs, cfg))) == 1, 'a cell never run shows no link'
 
 # ---- sidebar and processing
 
 def test_sidebar(site, nbs):
-    for name in ('index', '00_help', '01_page'): notebook(nbs/f'{name}.ipynb', '# A page')
+    for name in ('index', '00_help', '01_page'):
+        notebook(nbs/f'{name}.ipynb', '# A page')
     def findings(old='', new=''):
         (nbs/'sidebar.yml').write_text(SIDEBAR.replace(old, new))
         return list(site.sidebar(nbs))
     assert findings() == []
-    assert 'lists 00_help.ipynb 0 times' in findings('[00_help.ipynb]', '[]')[0]
-    assert 'lists 01_page.ipynb 2 times' in findings('[00_help.ipynb]', '[00_help.ipynb, 01_page.ipynb]')[0]
-    assert 'which is no page' in findings('[]', '[20_race.ipynb]')[0]
-    assert 'out of reading order' in findings('[index.ipynb, 01_page.ipynb]', '[01_page.ipynb, index.ipynb]')[0]
-    assert 'the parts are' in findings('Reference', 'Others')[0]
+    missing = findings('[00_help.ipynb]', '[]')
+    repeated = findings('[00_help.ipynb]', '[00_help.ipynb, 01_page.ipynb]')
+    unknown = findings('[]', '[20_race.ipynb]')
+    moved = findings('[index.ipynb, 01_page.ipynb]', '[01_page.ipynb, index.ipynb]')
+    renamed = findings('Reference', 'Others')
+    assert 'lists 00_help.ipynb 0 times' in missing[0]
+    assert 'lists 01_page.ipynb 2 times' in repeated[0]
+    assert 'which is no page' in unknown[0]
+    assert 'out of reading order' in moved[0]
+    assert 'the parts are' in renamed[0]
 
 def test_processed_pages(site, nbs, tmp_path):
     proc = tmp_path/'_proc'
     proc.mkdir()
     notebook(nbs/'01_page.ipynb', '# A page')
+    def findings(*cells):
+        notebook(proc/'01_page.ipynb', *cells)
+        return list(site.missing_pages(nbs, proc))
     assert 'not processed' in list(site.missing_pages(nbs, proc))[0]
     (proc/'01_page.ipynb').write_text('')
     assert 'not processed' in list(site.missing_pages(nbs, proc))[0]
-    notebook(proc/'01_page.ipynb', FRONT, 'text')
-    assert list(site.missing_pages(nbs, proc)) == []
-    notebook(proc/'01_page.ipynb', FRONT, ('#| hide\n1+1',))
-    assert '1 hidden' in list(site.missing_pages(nbs, proc))[0]
-    notebook(proc/'01_page.ipynb', {'raw': FRONT['raw'].replace('A page', '')}, 'text')
-    assert 'no title' in list(site.missing_pages(nbs, proc))[0]
-    notebook(proc/'01_page.ipynb', {'raw': FRONT['raw'].replace('page.html', '01_page.html')}, 'text')
-    assert 'no output file' in list(site.missing_pages(nbs, proc))[0]
+    assert findings({'raw': FRONT}, 'text') == []
+    assert '1 hidden' in findings({'raw': FRONT}, ('#| hide\n1+1',))[0]
+    assert 'no title' in findings({'raw': FRONT.replace('A page', '')}, 'text')[0]
+    other = FRONT.replace('page.html', '01_page.html')
+    assert 'no output file' in findings({'raw': other}, 'text')[0]
 
 def test_rendered_pages(site, nbs, tmp_path):
     notebook(nbs/'01_page.ipynb', '# A page')
@@ -152,33 +188,90 @@ def page(readme, cfg, nbs, monkeypatch, *cells):
     notebook(nbs/'index.ipynb', *cells)
     return readme.readme(nbs.parent)['README.md'].decode()
 
+LAST_CELL = '''See [a](04_composer.ipynb#twice), [b](#part),
+[c](https://x.example/y.ipynb),
+![d](images/d.png),
+[e](../LICENSE).
+
+```bash
+ls [x](y.ipynb)
+```'''
+
+EXPECTED = '''# Lib
+
+> One line
+
+Why.
+
+[next](https://who.example/lib/sgd.html)
+
+```python
+quiet()
+```
+
+```python
+1 + 1
+```
+
+```
+2
+```
+
+```python
+print(table)
+```
+
+| a [b](https://who.example/lib/torch_sgd.html) |
+
+```python
+print(3)
+```
+
+```
+3
+```
+
+See [a](https://who.example/lib/composer.html#twice), [b](#part),
+[c](https://x.example/y.ipynb),
+![d](https://github.com/who/lib/raw/main/nbs/images/d.png),
+[e](https://github.com/who/lib/blob/main/LICENSE).
+
+```bash
+ls [x](y.ipynb)
+```
+'''
+
 def test_readme_of_a_notebook(readme, cfg, nbs, monkeypatch):
-    text = page(readme, cfg, nbs, monkeypatch, '# Lib\n\n> One line', '#| export\nWhy.', ('#| hide\nsecret()', {'text/plain': 'hidden'}),
-        ('#| echo: false\nbadge()', {'text/markdown': '[next](01_sgd.ipynb)', 'text/plain': '<Markdown>'}),
-        ('#| output: false\nquiet()', {'text/plain': 'noise'}), ('1 + 1', {'text/plain': '2'}),
-        ('#| output: asis\nprint(table)', '| a [b](05_torch_sgd.ipynb) |\n'), ('print(3)', '3\n'),
-        'See [a](04_composer.ipynb#twice), [b](#part), [c](https://x.example/y.ipynb), ![d](images/d.png), [e](../LICENSE).\n\n'
-        '```bash\nls [x](y.ipynb)\n```')
+    badge = {'text/markdown': '[next](01_sgd.ipynb)', 'text/plain': '<Markdown>'}
+    text = page(
+        readme, cfg, nbs, monkeypatch,
+        '# Lib\n\n> One line',
+        '#| export\nWhy.',
+        ('#| hide\nsecret()', {'text/plain': 'hidden'}),
+        ('#| echo: false\nbadge()', badge),
+        ('#| output: false\nquiet()', {'text/plain': 'noise'}),
+        ('1 + 1', {'text/plain': '2'}),
+        ('#| output: asis\nprint(table)', '| a [b](05_torch_sgd.ipynb) |\n'),
+        ('print(3)', '3\n'),
+        LAST_CELL)
     head, rest = text.split('\n\n', 1)
     assert head.startswith('<!-- Generated from nbs/index.ipynb')
-    repo = 'https://github.com/who/lib'
-    assert rest == ('# Lib\n\n> One line\n\nWhy.\n\n[next](https://who.example/lib/sgd.html)\n\n```python\nquiet()\n```\n\n'
-        '```python\n1 + 1\n```\n\n```\n2\n```\n\n'
-        '```python\nprint(table)\n```\n\n| a [b](https://who.example/lib/torch_sgd.html) |\n\n```python\nprint(3)\n```\n\n```\n3\n```\n\n'
-        'See [a](https://who.example/lib/composer.html#twice), [b](#part), [c](https://x.example/y.ipynb), '
-        f'![d]({repo}/raw/main/nbs/images/d.png), [e]({repo}/blob/main/LICENSE).\n\n```bash\nls [x](y.ipynb)\n```\n')
+    assert rest == EXPECTED
 
 def test_readme_keeps_pictures_as_files(readme, cfg, nbs, monkeypatch):
-    text = page(readme, cfg, nbs, monkeypatch, '# Lib', ('#| echo: false\n#| fig-alt: "a falling line"\nplot()', {'image/png': PNG}))
-    assert '![a falling line](https://github.com/who/lib/raw/main/README_files/c1.png)' in text
+    plot = '#| echo: false\n#| fig-alt: "a falling line"\nplot()'
+    text = page(readme, cfg, nbs, monkeypatch, '# Lib', (plot, {'image/png': PNG}))
+    assert f'![a falling line]({REPO}/raw/main/README_files/c1.png)' in text
     assert readme.stale(nbs.parent) == ['README.md', 'README_files/c1.png']
     readme.write(nbs.parent)
     assert readme.stale(nbs.parent) == []
-    assert (nbs.parent/'README_files/c1.png').read_bytes() == base64.b64decode(PNG)
+    picture = nbs.parent/'README_files/c1.png'
+    assert picture.read_bytes() == base64.b64decode(PNG)
 
 def test_a_stale_readme_is_found(readme, root, tmp_path):
-    for name in ('nbs', 'pyproject.toml', 'README.md'):
-        (shutil.copytree if (root/name).is_dir() else shutil.copy)(root/name, tmp_path/name)
+    shutil.copytree(root/'nbs', tmp_path/'nbs')
+    for name in ('pyproject.toml', 'README.md'): shutil.copy(root/name, tmp_path/name)
     assert readme.stale(tmp_path) == []
-    (tmp_path/'README.md').write_text((root/'README.md').read_text() + 'one more line\n')
+    written = (tmp_path/'README.md').read_text()
+    (tmp_path/'README.md').write_text(written + 'one more line\n')
     assert readme.stale(tmp_path) == ['README.md']
