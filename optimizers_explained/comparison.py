@@ -22,7 +22,7 @@ from itertools import count, product
 from pathlib import Path
 
 import torch
-from .basic import _ticker
+from .basic import ticker
 from .contenders import contenders, hypers, present, reason, sets, shapes, tensors
 from .stopwatch import Runner, alternate, builds_under_onecycle, cold_and_warm, copy_speed, peak_extra, share, spread
 
@@ -128,7 +128,7 @@ def run_bench(
     "Measure everything: steps, first steps, and what is built under a changing schedule."
     names, rows, absent, began = [*dict.fromkeys([*names, *baselines])], [], [], time.time()
     some, cells, speed = [o for o in optimizers if o in ('SGD', 'AdamW')], list(product(sets, dtypes, optimizers)), copy_speed(device, mb=1 if quick else 256)
-    done, move = count(1), _ticker(len(cells)*reps + len(some)*sum(k == 'torch fused' or contenders[k].compiles for k in names), 'oe-bench' if progress else False)
+    done, move = count(1), ticker(len(cells)*reps + len(some)*sum(k == 'torch fused' or contenders[k].compiles for k in names), 'oe-bench' if progress else False)
     tick = lambda: move(next(done))
     for of, dtype, optimizer in cells:
         slow = full or (not quick and (of, dtype) == (sets[0], dtypes[0]))
