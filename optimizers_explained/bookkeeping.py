@@ -9,7 +9,8 @@ from optimizers_explained.callback import sgd_step, weight_decay
 from optimizers_explained.problems import mlp
 
 model = mlp()
-opt = Optimizer([list(model[1].parameters()), list(model[3].parameters())], [weight_decay, sgd_step], lr=slice(0.01, 0.1), wd=0.01)
+groups = [list(model[1].parameters()), list(model[3].parameters())]
+opt = Optimizer(groups, [weight_decay, sgd_step], lr=slice(0.01, 0.1), wd=0.01)
 opt.freeze()      # only the last group trains
 ```
 

@@ -9,8 +9,11 @@ from optimizers_explained.callback import SGD
 from optimizers_explained.problems import digits, mlp
 
 model, (xb, yb) = mlp(), next(iter(digits()[0]))
-opt = SGD([list(model[1].parameters()), list(model[3].parameters())], lr=slice(0.01, 0.1), mom=0.9, wd=0.01)
-cross_entropy(model(xb), yb).backward(); opt.step(); opt.zero_grad()
+groups = [list(model[1].parameters()), list(model[3].parameters())]
+opt = SGD(groups, lr=slice(0.01, 0.1), mom=0.9, wd=0.01)
+cross_entropy(model(xb), yb).backward()
+opt.step()
+opt.zero_grad()
 ```
 
 Docs: https://optimizers-explained.github.io/optimizers_explained/callbacks.html.md"""
@@ -25,7 +28,8 @@ __all__ = ['sgd_step', 'weight_decay', 'l2_reg', 'average_grad', 'momentum_step'
 import torch
 from torch import Tensor
 from .bookkeeping import Optimizer
-from .wrapper import OptimWrapper, detuplify_pg, pytorch_hp_map, set_item_pg
+from .wrapper import (
+    OptimWrapper, detuplify_pg, pytorch_hp_map, set_item_pg)
 
 _all_ = ['Optimizer', 'OptimWrapper', 'detuplify_pg', 'pytorch_hp_map', 'set_item_pg']
 

@@ -9,7 +9,8 @@ from optimizers_explained.groups import discriminative
 from optimizers_explained.problems import mlp
 
 model = mlp()
-opt = optim.SGDW(discriminative([model[1], model[3]], lr=slice(1e-3, 1e-1), weight_decay=0.01), momentum=0.9)
+groups = discriminative([model[1], model[3]], lr=slice(1e-3, 1e-1), weight_decay=0.01)
+opt = optim.SGDW(groups, momentum=0.9)
 ```
 
 Docs: https://optimizers-explained.github.io/optimizers_explained/param_groups.html.md"""

@@ -9,7 +9,8 @@ from optimizers_explained.problems import mlp
 from optimizers_explained.wrapper import OptimWrapper
 
 model = mlp()
-opt = OptimWrapper([list(model[1].parameters()), list(model[3].parameters())], torch.optim.Adam, lr=0.01)
+groups = [list(model[1].parameters()), list(model[3].parameters())]
+opt = OptimWrapper(groups, torch.optim.Adam, lr=0.01)
 opt.set_hypers(lr=slice(1e-3, 1e-2), mom=0.95)
 ```
 
