@@ -61,7 +61,7 @@ class Decoupled(torch.optim.Optimizer):
     "Base of both: weight decay relative to `lr0`, the `lr` its group was added with."
     warned = False # whether it has been said that an lr is above its lr0
     def __init__(self,
-        params, # parameters, or groups: dictionaries with `'params'` and hyperparameters
+        params, # parameters, or groups: dictionaries with `'params'` and any `defaults`
         defaults:dict, # hyperparameters, `lr` and `weight_decay` among them
     ):
         self.check(defaults)
