@@ -69,7 +69,8 @@ def plot_groups(
         f"key={key!r} must stand in every group; groups {missing} have none")
     if ax is None: _, ax = plt.subplots(figsize=(6, 2.6))
 
-    sizes, values, weights_of = [], [], {}      # the last: how many have a value
+    sizes, values = [], []
+    weights_of = {}                             # how many weights have a value
     for group in groups:
         value = group[key]
         for p in group['params']:

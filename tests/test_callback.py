@@ -509,7 +509,9 @@ def test_freezing_numbers_is_refused(fai):
               'freeze_to needs tensors, one parameter is int 2')
     assert a.requires_grad
 
-NEITHER = ['w', None, ['w'], [None], [[1], None], [3, 'w'], [nn.Linear(1, 1)]]
+NEITHER = [
+    'w', None, ['w'], [None],
+    [[1], None], [3, 'w'], [nn.Linear(1, 1)]]
 
 @pytest.mark.parametrize('bad', NEITHER, ids=str)
 def test_neither_tensors_nor_numbers(bad):

@@ -97,7 +97,9 @@ def test_discriminative_refuses_parts():
         discriminative([model, model[1]], 0.1)
 
 
-SIZES = [[1], [1, 1, 1, 1], [5, 1, 100, 3, 7, 7], [1]*50 + [1000]]
+SIZES = [
+    [1], [1, 1, 1, 1],
+    [5, 1, 100, 3, 7, 7], [1]*50 + [1000]]
 
 
 class Box(NamedTuple):
