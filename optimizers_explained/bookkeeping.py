@@ -9,7 +9,8 @@ from optimizers_explained.callback import sgd_step, weight_decay
 from optimizers_explained.problems import mlp
 
 model = mlp()
-opt = Optimizer([list(model[1].parameters()), list(model[3].parameters())], [weight_decay, sgd_step], lr=slice(0.01, 0.1), wd=0.01)
+groups = [list(model[1].parameters()), list(model[3].parameters())]
+opt = Optimizer(groups, [weight_decay, sgd_step], lr=slice(0.01, 0.1), wd=0.01)
 opt.freeze()      # only the last group trains
 ```
 
@@ -28,22 +29,24 @@ from warnings import warn
 
 import torch
 from torch import Tensor
-from fastcore.basics import filter_keys, is_iter, merge, patch
+from fastcore.basics import is_iter, patch
 from fastcore.foundation import L
 
 # %% ../nbs/07b_bookkeeping.ipynb #376bc490
 def _spread(k, v, n): # the values of hyperparameter `k` in `n` groups
     if isinstance(v, slice): return _spread_slice(k, v.start, v.stop, n)
-    one = isinstance(v, (str, bytes, dict)) or not is_iter(v)
-    vs = [v] if one else list(v)
-    if len(vs) == 1: vs = vs*n
-    if len(vs) != n: raise ValueError(
-        f"{k} has {len(vs)} values and there are {n} parameter groups: give one value, one per group, or a slice")
-    return vs
+    is_one = isinstance(v, (str, bytes, dict)) or not is_iter(v)
+    values = [v] if is_one else list(v)
+    if len(values) == 1: return values*n
+    if len(values) != n: raise ValueError(
+        f"{k} has {len(values)} values and there are {n} parameter groups:"
+        " give one value, one per group, or a slice")
+    return values
 
 def _spread_slice(k, start, stop, n):
-    if stop is None or (start and start*stop < 0):
-        raise ValueError(f"{k} is slice({start}, {stop}): give slice(end), or slice(start, end) with both ends of one sign")
+    if stop is None or (start and start*stop < 0): raise ValueError(
+        f"{k} is slice({start}, {stop}): give slice(end),"
+        " or slice(start, end) with both ends of one sign")
     if n == 1: return [stop]
     if not start: return [stop/10]*(n - 1) + [stop]
     ratio = (stop/start)**(1/(n - 1))
@@ -74,39 +77,54 @@ def as_groups(
         "params is empty: give tensors,"
         " or a list of lists of tensors, one list per group")
     groups = [params] if _is_param(params[0]) else [listed(g) for g in params]
-    for g in groups:
-        for p in g:
+    for group in groups:
+        for p in group:
             if not _is_param(p): raise _refused(p)
-    return L(L(g) for g in groups)
+    return L(L(group) for group in groups)
 
 class Optimizer:
-    "fastai's optimizer: `cbs` are called in turn on each parameter that has a gradient"
+    """fastai's optimizer: `cbs` are called in turn on each parameter that has a
+    gradient"""
     _keep_on_clear = ('force_train', 'do_wd')
     def __init__(self,
         params, # as for `as_groups`; nothing at all is a `ValueError`
         cbs, # a stepper or a list of them, in the order in which they are called
-        **defaults, # hyperparameters, each as in `set_hyper`; they go over the `defaults` of the steppers
+        **defaults, # hyperparameters as in `set_hyper`, before the steppers' `defaults`
     ):
-        self.param_lists, self.cbs = as_groups(params), L(cbs)
-        self.state, self.hypers, self.frozen_idx = defaultdict(dict), L({} for _ in self.param_lists), 0
-        self.set_hypers(**merge(*(getattr(cb, 'defaults', {}) for cb in self.cbs), defaults))
+        self.param_lists = as_groups(params)
+        self.cbs = L(cbs)
+        self.state = defaultdict(dict)
+        self.hypers = L({} for _ in self.param_lists)
+        self.frozen_idx = 0
+        of_steppers = {}
+        for cb in self.cbs: of_steppers.update(getattr(cb, 'defaults', None) or {})
+        self.set_hypers(**{**of_steppers, **defaults})
 
     def set_hypers(self,
         **kwargs, # name and value of each hyperparameter, the value as in `set_hyper`
     ):
-        "Set several hyperparameters; a wrong number of values is a `ValueError`, raised before any is set"
-        n = len(self.param_lists)
-        spread = {k: _spread(k, v, n) for k, v in kwargs.items()}
-        self._write([{k: vs[i] for k, vs in spread.items()} for i in range(n)])
+        """Set several hyperparameters; a wrong number of values is a `ValueError`,
+        raised before any is set"""
+        groups = [{} for _ in self.param_lists]
+        for k, v in kwargs.items():
+            values = _spread(k, v, len(groups))
+            for group, value in zip(groups, values): group[k] = value
+        self.write_hypers(groups)
 
     def set_hyper(self,
         k:str, # name; a new name is added
-        v, # one value, one per group, `slice(end)` (a tenth for all but the last), or `slice(start, end)` (geometric)
+        v, # one value, one per group, `slice(end)` or `slice(start, end)`
     ):
-        "Set hyperparameter `k` in every group"
+        """Set hyperparameter `k` in every group.
+
+        `slice(end)` is a tenth of `end` for all groups but the last,
+        `slice(start, end)` a geometric series."""
         self.set_hypers(**{k: v})
 
-    def _write(self, groups): # a dictionary of hyperparameters for each group
+    def write_hypers(self,
+        groups, # for each group a dictionary of hyperparameters
+    ):
+        "Write values that are already spread over the groups"
         for own, new in zip(self.hypers, groups): own.update(new)
 
 # %% ../nbs/07b_bookkeeping.ipynb #dbcf2468
@@ -118,9 +136,13 @@ def all_params(self:Optimizer,
     "Everything a stepper can see, parameter by parameter"
     groups = list(zip(self.param_lists, self.hypers))
     chosen = groups[n] if isinstance(n, slice) else [groups[n]]
-    rows = L((p, pg, self.state[p], h) for pg, h in chosen for p in pg)
-    if not with_grad: return rows
-    return rows.filter(lambda row: getattr(row[0], 'grad', None) is not None)
+    rows = L()
+    for group, hyper in chosen:
+        for p in group:
+            row = (p, group, self.state[p], hyper)
+            has_grad = getattr(p, 'grad', None) is not None   # a number has none
+            if has_grad or not with_grad: rows.append(row)
+    return rows
 
 # %% ../nbs/07b_bookkeeping.ipynb #7a94706e
 @patch
@@ -128,8 +150,10 @@ def all_params(self:Optimizer,
 def step(self:Optimizer,
     closure=None, # not supported; anything but None is a `NotImplementedError`
 ):
-    "Call every stepper on every parameter that has a gradient; dictionaries they return go into its state"
-    if closure is not None: raise NotImplementedError("a closure is not supported by this design: compute the loss before step()")
+    """Call every stepper on every parameter that has a gradient; dictionaries they
+    return go into its state"""
+    if closure is not None: raise NotImplementedError(
+        "a closure is not supported by this design: compute the loss before step()")
     for p, _, state, hyper in self.all_params(with_grad=True):
         for cb in self.cbs:
             new = cb(p, **{**state, **hyper})
@@ -141,44 +165,59 @@ def zero_grad(self:Optimizer,
     set_to_none=False, # True drops the gradients, False keeps tensors of zeros
 ):
     "Clear the gradients"
-    for p, *_ in self.all_params(with_grad=True): p.grad = None if set_to_none else p.grad.detach().zero_()
+    for p, *_ in self.all_params(with_grad=True):
+        if set_to_none: p.grad = None
+        else: p.grad = p.grad.detach().zero_()
 
 # %% ../nbs/07b_bookkeeping.ipynb #a9b3d38c
 @patch
-def state_dict(self:Optimizer) -> dict: # `{'state': [...], 'hypers': [...]}`, one entry per parameter and one per group
-    "New dictionaries around the live tensors, as in torch: `deepcopy` them to keep a snapshot"
-    return dict(state=[dict(s) for _, _, s, _ in self.all_params()], hypers=[dict(h) for h in self.hypers])
+def state_dict(self:Optimizer) -> dict: # `{'state': [...], 'hypers': [...]}`
+    """One entry per parameter and one per group: new dictionaries around the live
+    tensors, as in torch. `deepcopy` them to keep a snapshot"""
+    states = [dict(state) for _, _, state, _ in self.all_params()]
+    return dict(state=states, hypers=[dict(hyper) for hyper in self.hypers])
+
+def _check_count(what, got, want):
+    if got != want: raise ValueError(
+        f"the state dictionary has {got} parameter {what}, the optimizer has {want}")
 
 @patch
 def load_state_dict(self:Optimizer,
-    sd:dict, # as from `state_dict`; copied, so that later changes to it do not reach the optimizer
+    sd:dict, # as from `state_dict`; copied: later changes do not reach the optimizer
 ):
-    "Take over state and hyperparameters; missing keys or other numbers of groups or parameters are a `ValueError`"
-    missing, ps = {'state', 'hypers'} - set(sd), self.all_params().itemgot(0)
-    if missing: raise ValueError(f"the state dictionary has no {sorted(missing)}: it has {list(sd)}")
-    for what, got, want in (('groups', len(sd['hypers']), len(self.param_lists)), ('states', len(sd['state']), len(ps))):
-        if got != want: raise ValueError(f"the state dictionary has {got} parameter {what}, the optimizer has {want}")
-    sd = deepcopy({k: list(sd[k]) for k in ('state', 'hypers')})
-    self.hypers, self.state = L(sd['hypers']), defaultdict(dict, zip(ps, sd['state']))
+    """Take over state and hyperparameters; missing keys or other numbers of groups or
+    parameters are a `ValueError`"""
+    if missing := {'state', 'hypers'} - set(sd): raise ValueError(
+        f"the state dictionary has no {sorted(missing)}: it has {list(sd)}")
+    params = self.all_params().itemgot(0)
+    _check_count('groups', len(sd['hypers']), len(self.param_lists))
+    _check_count('states', len(sd['state']), len(params))
+    states, hypers = deepcopy((list(sd['state']), list(sd['hypers'])))
+    self.hypers = L(hypers)
+    self.state = defaultdict(dict, zip(params, states))
 
 @patch
 def clear_state(self:Optimizer):
     "Empty every parameter's state, except for the settings `force_train` and `do_wd`"
-    for p, _, state, _ in self.all_params(): self.state[p] = filter_keys(state, self._keep_on_clear.__contains__)
+    for p, _, state, _ in self.all_params():
+        self.state[p] = {k: v for k, v in state.items() if k in self._keep_on_clear}
 
 # %% ../nbs/07b_bookkeeping.ipynb #a7d95104
 @patch
 def freeze_to(self:Optimizer,
     n:int, # the first group to train; negative counts from the end
 ):
-    "Let groups `n` and later require gradients, and before them only parameters with `force_train`; freezing everything is a warning"
-    for pg in self.param_lists:
-        for p in pg:
+    """Let groups `n` and later require gradients, and before them only parameters with
+    `force_train`; freezing everything is a warning"""
+    for group in self.param_lists:
+        for p in group:
             if not isinstance(p, Tensor): raise TypeError(
                 f"freeze_to needs tensors, one parameter is {type(p).__name__} {p!r}")
     total = len(self.param_lists)
     self.frozen_idx = n if n >= 0 else max(0, n + total)
-    if n >= total: warn(f"freeze_to({n}) freezes all {total} parameter groups: nothing trains", stacklevel=2)
+    if n >= total: warn(
+        f"freeze_to({n}) freezes all {total} parameter groups: nothing trains",
+        stacklevel=2)
     for p, *_ in self.all_params(slice(self.frozen_idx, None)): p.requires_grad_(True)
     # the frozen groups come last: a parameter that stands in both is frozen
     for p, _, state, _ in self.all_params(slice(self.frozen_idx)):
@@ -187,7 +226,9 @@ def freeze_to(self:Optimizer,
 @patch
 def freeze(self:Optimizer):
     "Freeze all groups but the last; with a single group that is a `ValueError`"
-    if len(self.param_lists) < 2: raise ValueError("freeze() trains only the last parameter group and needs at least 2, there is just 1")
+    if len(self.param_lists) < 2: raise ValueError(
+        "freeze() trains only the last parameter group and needs at least 2,"
+        " there is just 1")
     self.freeze_to(-1)
 
 @patch
@@ -196,14 +237,23 @@ def unfreeze(self:Optimizer):
     self.freeze_to(0)
 
 # %% ../nbs/07b_bookkeeping.ipynb #4a33955f
-def _get_param_groups(self): return [{'params': pg, **h} for pg, h in zip(self.param_lists, self.hypers)]
+def _get_param_groups(self):
+    groups = zip(self.param_lists, self.hypers)
+    return [{'params': params, **hyper} for params, hyper in groups]
 
 def _set_param_groups(self, groups):
     if len(groups) != len(self.param_lists): raise ValueError(
-        f"param_groups has {len(groups)} groups, the optimizer has {len(self.param_lists)}")
-    lists = as_groups([listed(g['params']) for g in groups])
-    self._write([filter_keys(g, lambda k: k != 'params') for g in groups])
+        f"param_groups has {len(groups)} groups,"
+        f" the optimizer has {len(self.param_lists)}")
+    lists, hypers = [], []
+    for group in groups:
+        hyper = dict(group)
+        lists.append(listed(hyper.pop('params')))
+        hypers.append(hyper)
+    lists = as_groups(lists)
+    self.write_hypers(hypers)
     self.param_lists = lists
 
-Optimizer.param_groups = property(_get_param_groups, _set_param_groups,
-    doc="Groups in torch's form. Reading makes new dictionaries; only assigning the whole list changes the optimizer.")
+Optimizer.param_groups = property(_get_param_groups, _set_param_groups, doc=
+    "Groups in torch's form. Reading makes new dictionaries; only assigning the whole"
+    " list changes the optimizer.")

@@ -9,8 +9,11 @@ from optimizers_explained.callback import SGD
 from optimizers_explained.problems import digits, mlp
 
 model, (xb, yb) = mlp(), next(iter(digits()[0]))
-opt = SGD([list(model[1].parameters()), list(model[3].parameters())], lr=slice(0.01, 0.1), mom=0.9, wd=0.01)
-cross_entropy(model(xb), yb).backward(); opt.step(); opt.zero_grad()
+groups = [list(model[1].parameters()), list(model[3].parameters())]
+opt = SGD(groups, lr=slice(0.01, 0.1), mom=0.9, wd=0.01)
+cross_entropy(model(xb), yb).backward()
+opt.step()
+opt.zero_grad()
 ```
 
 Docs: https://optimizers-explained.github.io/optimizers_explained/callbacks.html.md"""
@@ -25,7 +28,8 @@ __all__ = ['sgd_step', 'weight_decay', 'l2_reg', 'average_grad', 'momentum_step'
 import torch
 from torch import Tensor
 from .bookkeeping import Optimizer
-from .wrapper import OptimWrapper, detuplify_pg, pytorch_hp_map, set_item_pg
+from .wrapper import (
+    OptimWrapper, detuplify_pg, pytorch_hp_map, set_item_pg)
 
 _all_ = ['Optimizer', 'OptimWrapper', 'detuplify_pg', 'pytorch_hp_map', 'set_item_pg']
 
@@ -46,7 +50,8 @@ def weight_decay(
     do_wd=True, # False in a parameter's state spares that parameter
     **kwargs, # state and hyperparameters that this step does not read
 ):
-    "Decoupled weight decay (Loshchilov and Hutter 2019), lr included: $\\theta \\leftarrow (1 - \\gamma_t\\lambda)\\theta$"
+    """Decoupled weight decay (Loshchilov and Hutter 2019), lr included:
+    $\\theta \\leftarrow (1 - \\gamma_t\\lambda)\\theta$"""
     if do_wd and wd: p.detach().mul_(1 - lr*wd)
 
 weight_decay.defaults = dict(wd=0.)
@@ -72,7 +77,8 @@ def average_grad(
     grad_avg=None, # the buffer $b_{t-1}$; None is zeros. Updated in place
     **kwargs, # state and hyperparameters that this step does not read
 ) -> dict: # `{'grad_avg': b_t}`, to be kept in the state
-    "Running sum of gradients, $b_t = \\mu b_{t-1} + g_t$, or their running average with `dampening`"
+    """Running sum of gradients, $b_t = \\mu b_{t-1} + g_t$, or their running average
+    with `dampening`"""
     if grad_avg is None: grad_avg = torch.zeros_like(p.grad)
     grad_avg.mul_(mom).add_(p.grad, alpha=1 - mom if dampening else 1)
     return {'grad_avg': grad_avg}
@@ -93,10 +99,12 @@ def momentum_step(
 def SGD(
     params, # tensors, or a list of lists of tensors, one list per group
     lr, # learning rate, as in `Optimizer.set_hyper`
-    mom=0., # momentum $\mu$; at 0 the optimizer has no buffer, and setting `mom` later does nothing
+    mom=0., # momentum $\mu$; at 0 no buffer, and setting `mom` later does nothing
     wd=0., # weight decay $\lambda$
-    decouple_wd=True, # True: `weight_decay`, times lr; False: `l2_reg`, which adds to the gradients in place
+    decouple_wd=True, # True: `weight_decay`, times lr; False: `l2_reg`
 ) -> Optimizer:
-    "SGD with momentum $b_t = \\mu b_{t-1} + g_t$ and one of two kinds of weight decay"
+    """SGD with momentum $b_t = \\mu b_{t-1} + g_t$ and one of two kinds of weight
+    decay: `l2_reg` adds to the gradients in place"""
+    decay = weight_decay if decouple_wd else l2_reg
     move = [average_grad, momentum_step] if mom != 0 else [sgd_step]
-    return Optimizer(params, [weight_decay if decouple_wd else l2_reg, *move], lr=lr, mom=mom, wd=wd)
+    return Optimizer(params, [decay, *move], lr=lr, mom=mom, wd=wd)

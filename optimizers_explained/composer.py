@@ -61,8 +61,8 @@ class Decoupled(torch.optim.Optimizer):
     "Base of both: weight decay relative to `lr0`, the `lr` its group was added with."
     warned = False # whether it has been said that an lr is above its lr0
     def __init__(self,
-        params, # parameters, or groups: dictionaries with `'params'` and any of `defaults`
-        defaults:dict, # hyperparameters with their values, `lr` and `weight_decay` among them
+        params, # parameters, or groups: dictionaries with `'params'` and any `defaults`
+        defaults:dict, # hyperparameters, `lr` and `weight_decay` among them
     ):
         self.check(defaults)
         if defaults['weight_decay'] >= 1e-3:
@@ -81,14 +81,16 @@ class Decoupled(torch.optim.Optimizer):
         if 'betas' in hypers: check_betas(hypers['betas'])
 
     def add_param_group(self, param_group):
-        "Add a group, at any time; its decay is relative to its own `lr` (or to `lr0`, where the group brings one)."
+        """Add a group, at any time; its decay is relative to its own `lr` (or to
+        `lr0`, where the group brings one)."""
         self.check(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.setdefault('lr0', float(group['lr']))
 
     def load_state_dict(self, state_dict):
-        "Load a checkpoint; one that knows no `lr0` (torch's, Composer's) keeps this optimizer's `lr0` and `weight_decay`."
+        """Load a checkpoint; one that knows no `lr0` (torch's, Composer's) keeps this
+        optimizer's `lr0` and `weight_decay`."""
         own = [{k: g[k] for k in ('lr0', 'weight_decay')} for g in self.param_groups]
         super().load_state_dict(state_dict)
         for group, mine in zip(self.param_groups, own):
@@ -101,14 +103,17 @@ class Decoupled(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        "One step for every parameter with a gradient; returns the loss of `closure`, if there is one."
+        """One step for every parameter with a gradient; returns the loss of `closure`,
+        if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
-        todo = [(group, self.moving(group)) for group in self.param_groups]
-        for i, (group, params) in enumerate(todo): self.check_step(i, group, params)
+        moving = [self.moving(group) for group in self.param_groups]
+        for i, (group, params) in enumerate(zip(self.param_groups, moving)):
+            self.check_step(i, group, params)
         if not self.warned: self.warned = warn_above_lr0(self.param_groups)
-        for group, params in todo: self._update(group, params)
+        for group, params in zip(self.param_groups, moving):
+            self._update(group, params)
         return loss
 
     def moving(self, group) -> list:
@@ -134,19 +139,22 @@ def check_nesterov(
     dampening, # share of the gradient that is left out
 ):
     "Raise a `ValueError` if `nesterov` goes with no momentum, or with dampening."
-    if nesterov and (not momentum or dampening):
-        raise ValueError(f"nesterov needs a momentum > 0 and dampening 0, got momentum={momentum} and dampening={dampening}")
+    if nesterov and (not momentum or dampening): raise ValueError(
+        "nesterov needs a momentum > 0 and dampening 0,"
+        f" got momentum={momentum} and dampening={dampening}")
 
 # %% ../nbs/04_composer.ipynb #5177b336
 class DecoupledSGDW(Decoupled):
-    "Composer's SGD with momentum and decoupled weight decay (Loshchilov and Hutter, 2019): each step takes `weight_decay * lr/lr0` off every weight. Port of MosaicML Composer (Apache-2.0), written anew."
+    """Composer's SGD with momentum and decoupled weight decay (Loshchilov and Hutter,
+    2019): each step takes `weight_decay * lr/lr0` off every weight. Port of MosaicML
+    Composer (Apache-2.0), written anew."""
     def __init__(self,
         params, # parameters, or groups of them
         lr, # learning rate, >= 0; required, and the rate that the decay is relative to
         momentum=0, # factor on the buffer, >= 0; 0 keeps no buffer
         dampening=0, # the buffer takes in `(1-dampening)*g` from the second step on
-        weight_decay=0, # share of a weight lost per step at `lr0`, >= 0; 1e-3 or more logs a warning
-        nesterov=False, # step along `g + momentum*buffer`; a `ValueError` unless momentum > 0 and dampening is 0
+        weight_decay=0, # share lost per step at `lr0`, >= 0; from 1e-3 on a warning
+        nesterov=False, # along `g + momentum*buffer`; needs a momentum, dampening 0
     ):
         check_finite(momentum=momentum)
         check_nesterov(nesterov, momentum, dampening)
@@ -158,18 +166,21 @@ class DecoupledSGDW(Decoupled):
     def sgdw(
         params, # tensors, changed in place
         grads, # their gradients, left as they are
-        momentum_buffer_list, # their buffers, `None` before the first step; filled in place
+        momentum_buffer_list, # their buffers, `None` before step 1; filled in place
         *,
         weight_decay, momentum, lr,
         initial_lr, # the rate that the decay is relative to
         dampening, nesterov,
     ):
-        "The update itself: $b \\leftarrow \\mu b + (1-\\tau) g$, $\\theta \\leftarrow (1-\\lambda\\gamma/\\gamma_0)\\theta$, $\\theta \\leftarrow \\theta - \\gamma b$."
+        """The update itself: $b \\leftarrow \\mu b + (1-\\tau) g$, then
+        $\\theta \\leftarrow (1-\\lambda\\gamma/\\gamma_0)\\theta$, then
+        $\\theta \\leftarrow \\theta - \\gamma b$."""
         for i, (p, g) in enumerate(zip(params, grads)):
             if momentum:
                 b = momentum_buffer_list[i]
-                if b is None: b = momentum_buffer_list[i] = g.clone()
+                if b is None: b = g.clone()
                 else: b.mul_(momentum).add_(g, alpha=1 - dampening)
+                momentum_buffer_list[i] = b
                 g = g.add(b, alpha=momentum) if nesterov else b
             if weight_decay and lr: p.mul_(1 - weight_decay*lr/initial_lr)
             p.add_(g, alpha=-lr)
@@ -189,22 +200,25 @@ class DecoupledSGDW(Decoupled):
 
     def _update(self, group, params):
         buffers = [self.state[p].get('momentum_buffer') for p in params]
-        names = 'weight_decay', 'momentum', 'dampening', 'nesterov'
-        hypers = {k: group[k] for k in names}
-        self.sgdw(params, [p.grad for p in params], buffers,
-                  lr=float(group['lr']), initial_lr=group['lr0'], **hypers)
+        self.sgdw(
+            params, [p.grad for p in params], buffers,
+            weight_decay=group['weight_decay'], momentum=group['momentum'],
+            lr=float(group['lr']), initial_lr=group['lr0'],
+            dampening=group['dampening'], nesterov=group['nesterov'])
         for p, b in zip(params, buffers):
             if b is not None: self.state[p]['momentum_buffer'] = b
 
 # %% ../nbs/04_composer.ipynb #c791b8e7
 class DecoupledAdamW(Decoupled):
-    "Composer's Adam with decoupled weight decay (Loshchilov and Hutter, 2019, Algorithm 2): each step takes `weight_decay * lr/lr0` off every weight. Port of MosaicML Composer (Apache-2.0), written anew."
+    """Composer's Adam with decoupled weight decay (Loshchilov and Hutter, 2019,
+    Algorithm 2): each step takes `weight_decay * lr/lr0` off every weight. Port of
+    MosaicML Composer (Apache-2.0), written anew."""
     def __init__(self,
         params, # parameters, or groups of them
         lr=1e-3, # learning rate, >= 0, and the rate that the decay is relative to
-        betas=(0.9, 0.95), # factors on the averages of `g` and of `g**2`, each in [0, 1)
+        betas=(0.9, 0.95), # factors on the averages of `g` and of `g**2`, in [0, 1)
         eps=1e-8, # added to the root, >= 0
-        weight_decay=1e-5, # share of a weight lost per step at `lr0`, >= 0; 1e-3 or more logs a warning
+        weight_decay=1e-5, # share lost per step at `lr0`, >= 0; from 1e-3 on a warning
         amsgrad=False, # divide by the largest average of `g**2` so far
     ):
         super().__init__(params, dict(
@@ -216,20 +230,23 @@ class DecoupledAdamW(Decoupled):
         grads, # their gradients, left as they are
         exp_avgs, # running averages of the gradients, changed in place
         exp_avg_sqs, # running averages of their squares, changed in place
-        max_exp_avg_sqs, # largest of these so far, changed in place; only read with `amsgrad`
-        state_steps, # steps taken by each parameter, 0-dim tensors, counted up in place
+        max_exp_avg_sqs, # largest of these so far, changed in place; for `amsgrad`
+        state_steps, # steps of each parameter, 0-dim tensors, counted up in place
         *,
         amsgrad, beta1, beta2, lr,
         initial_lr, # the rate that the decay is relative to
         weight_decay, eps,
     ):
-        "The update itself: averages, decay by $1-\\lambda\\gamma/\\gamma_0$, then a step of $\\gamma\\,\\hat m/(\\sqrt{\\hat v}+\\epsilon)$."
+        """The update itself: averages, decay by $1-\\lambda\\gamma/\\gamma_0$, then a
+        step of $\\gamma\\,\\hat m/(\\sqrt{\\hat v}+\\epsilon)$."""
         for i, (p, g) in enumerate(zip(params, grads)):
             state_steps[i] += 1
-            t, m, v = state_steps[i].item(), exp_avgs[i], exp_avg_sqs[i]
-            m.mul_(beta1).add_(g, alpha=1 - beta1)
-            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            if amsgrad: v = torch.maximum(max_exp_avg_sqs[i], v, out=max_exp_avg_sqs[i])
+            t = state_steps[i].item()
+            m = exp_avgs[i].mul_(beta1).add_(g, alpha=1 - beta1)
+            v = exp_avg_sqs[i].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            if amsgrad:
+                largest = max_exp_avg_sqs[i]
+                v = torch.maximum(largest, v, out=largest)
             if weight_decay and lr: p.mul_(1 - weight_decay*lr/initial_lr)
             root = v.sqrt().div_((1 - beta2**t)**0.5).add_(eps)
             p.addcdiv_(m, root, value=-lr/(1 - beta1**t))
@@ -248,15 +265,16 @@ class DecoupledAdamW(Decoupled):
                 " use sparse=False in the embedding, or torch.optim.SparseAdam")
 
     def _update(self, group, params):
-        states = [self._started(p, group['amsgrad']) for p in params]
-        names = 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'step'
-        lists = [[s.get(k) for s in states] for k in names]
+        for p in params: self._start(p, group['amsgrad'])
+        def states(key): return [self.state[p].get(key) for p in params]
         beta1, beta2 = group['betas']
-        hypers = {k: group[k] for k in ('amsgrad', 'weight_decay', 'eps')}
-        self.adamw(params, [p.grad for p in params], *lists, beta1=beta1, beta2=beta2,
-                   lr=float(group['lr']), initial_lr=group['lr0'], **hypers)
+        self.adamw(
+            params, [p.grad for p in params], states('exp_avg'), states('exp_avg_sq'),
+            states('max_exp_avg_sq'), states('step'), amsgrad=group['amsgrad'],
+            beta1=beta1, beta2=beta2, lr=float(group['lr']), initial_lr=group['lr0'],
+            weight_decay=group['weight_decay'], eps=group['eps'])
 
-    def _started(self, p, amsgrad): # the state of `p`, zeros for what is not there yet
+    def _start(self, p, amsgrad): # zeros for what is not in the state yet
         state = self.state[p]
         if 'step' not in state:
             state['step'] = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -264,7 +282,6 @@ class DecoupledAdamW(Decoupled):
         if amsgrad: averages.append('max_exp_avg_sq')
         for k in averages:
             if k not in state: state[k] = torch.zeros_like(p)
-        return state
 
     def __setstate__(self, state):
         super().__setstate__(state)      # also called when a checkpoint is loaded
@@ -288,7 +305,8 @@ def _group_of(opt, param):
     raise ValueError(f"no group holds this parameter of shape {tuple(param.shape)}")
 
 def _last_update(state, group, param): # with Composer's sign of the decay
-    lr, lr0, (beta1, beta2) = float(group['lr']), group['lr0'], group['betas']
+    lr, lr0 = float(group['lr']), group['lr0']
+    beta1, beta2 = group['betas']
     t = state['step'].item()
     root = state['exp_avg_sq'].sqrt().div_((1 - beta2**t)**0.5).add_(group['eps'])
     update = state['exp_avg'].div(root).mul_(lr/(1 - beta1**t))
@@ -316,18 +334,19 @@ def pre_reduce_metrics(self:DecoupledAdamW,
     optimizer_metrics:dict, # of this process; changed in place
 ) -> dict: # `optimizer_metrics`
     "Square the lengths, so that they can be added up."
-    for name in filter(_is_length, optimizer_metrics):
-        optimizer_metrics[name] = optimizer_metrics[name]**2
+    for name, value in optimizer_metrics.items():
+        if _is_length(name): optimizer_metrics[name] = value**2
     return optimizer_metrics
 
 def _processes(): # how many train together
-    together = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if together else 1
+    if not (distributed.is_available() and distributed.is_initialized()): return 1
+    return distributed.get_world_size()
 
 def _all_names(metrics): # of the metrics of all processes, in one order
-    each = [list(metrics)]*_processes()
-    if len(each) > 1: distributed.all_gather_object(each, list(metrics))
-    return sorted(set().union(*each))
+    if _processes() == 1: return sorted(metrics)
+    names = [None]*_processes()                       # of each process
+    distributed.all_gather_object(names, list(metrics))
+    return sorted(set().union(*names))
 
 @patch
 def dist_reduce_metrics(self:DecoupledAdamW,

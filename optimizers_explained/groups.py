@@ -9,7 +9,8 @@ from optimizers_explained.groups import discriminative
 from optimizers_explained.problems import mlp
 
 model = mlp()
-opt = optim.SGDW(discriminative([model[1], model[3]], lr=slice(1e-3, 1e-1), weight_decay=0.01), momentum=0.9)
+groups = discriminative([model[1], model[3]], lr=slice(1e-3, 1e-1), weight_decay=0.01)
+opt = optim.SGDW(groups, momentum=0.9)
 ```
 
 Docs: https://optimizers-explained.github.io/optimizers_explained/param_groups.html.md"""
@@ -41,34 +42,56 @@ def treemap(
 ) -> list: # a box for each size, with an area in proportion
     "Cut `box` into boxes whose areas are in proportion to `sizes`."
     if len(sizes) == 1: return [box]
-    x, y, w, h = box
     sums = list(accumulate(sizes))
-    k = min(range(1, len(sizes)), key=lambda i: abs(2*sums[i-1] - sums[-1]))
-    f = sums[k-1]/sums[-1]
-    a, b = ((x, y, w*f, h), (x + w*f, y, w - w*f, h)) if w > h else ((x, y, w, h*f), (x, y + h*f, w, h - h*f))
-    return treemap(sizes[:k], a) + treemap(sizes[k:], b)
+    def imbalance(k): return abs(2*sums[k-1] - sums[-1])   # of a cut before sizes[k]
+    k = min(range(1, len(sizes)), key=imbalance)
+    share = sums[k-1]/sums[-1]
+    x, y, w, h = box
+    if w > h:
+        first = (x, y, w*share, h)
+        second = (x + w*share, y, w - w*share, h)
+    else:
+        first = (x, y, w, h*share)
+        second = (x, y + h*share, w, h - h*share)
+    return treemap(sizes[:k], first) + treemap(sizes[k:], second)
 
 # %% ../nbs/06_param_groups.ipynb #9391df64
 def plot_groups(
     groups, # parameter groups, or an optimizer
-    key='weight_decay', # the hyperparameter that decides the colour; it must stand in every group
+    key='weight_decay', # the hyperparameter that decides the colour; in every group
     ax=None, # matplotlib Axes to draw on; a new figure if `None`
 ): # the Axes
-    "Draw every parameter tensor as a rectangle with the area of its number of weights, in the colour of its group's `key`."
+    """Draw every parameter tensor as a rectangle with the area of its number of
+    weights, in the colour of its group's `key`."""
     import matplotlib.pyplot as plt
     groups = getattr(groups, 'param_groups', groups)
-    if missing := [i for i, g in enumerate(groups) if key not in g]:
-        raise ValueError(f"key={key!r} must stand in every group; groups {missing} have none")
+    if missing := [i for i, g in enumerate(groups) if key not in g]: raise ValueError(
+        f"key={key!r} must stand in every group; groups {missing} have none")
     if ax is None: _, ax = plt.subplots(figsize=(6, 2.6))
-    tensors = [(p.numel(), g[key]) for g in groups for p in g['params'] if p.numel()]
-    values = sorted({v for _, v in tensors})
-    colors = {v: plt.cm.viridis(0.1 + 0.85*i/max(1, len(values) - 1)) for i, v in enumerate(values)}
-    for (x, y, w, h), (_, v) in zip(treemap([n for n, _ in tensors], (0, 0, 1.6, 1)), tensors):
-        ax.add_patch(plt.Rectangle((x, y), w, h, facecolor=colors[v], edgecolor='white', lw=0.4))
-    total = sum(n for n, _ in tensors)
-    for v in values: ax.bar(0, 0, color=colors[v], label=f"{v:.3g}: {sum(n for n, u in tensors if u == v)/total:.2%}")
+
+    sizes, values = [], []
+    weights_of = {}                             # how many weights have a value
+    for group in groups:
+        value = group[key]
+        for p in group['params']:
+            if not p.numel(): continue
+            sizes.append(p.numel())
+            values.append(value)
+            weights_of[value] = weights_of.get(value, 0) + p.numel()
+
+    colors = {}
+    for i, value in enumerate(sorted(weights_of)):
+        colors[value] = plt.cm.viridis(0.1 + 0.85*i/max(1, len(weights_of) - 1))
+
+    style = dict(edgecolor='white', lw=0.4)
+    for (x, y, w, h), value in zip(treemap(sizes, (0, 0, 1.6, 1)), values):
+        ax.add_patch(plt.Rectangle((x, y), w, h, facecolor=colors[value], **style))
+    for value, color in colors.items():         # empty bars, for the legend
+        share = weights_of[value]/sum(sizes)
+        ax.bar(0, 0, color=color, label=f"{value:.3g}: {share:.2%}")
     ax.set(xlim=(0, 1.6), ylim=(0, 1), xticks=[], yticks=[], title=key)
-    ax.legend(loc='center left', bbox_to_anchor=(1, 0.5), fontsize=7, title='value: share of weights', title_fontsize=7)
+    ax.legend(loc='center left', bbox_to_anchor=(1, 0.5), fontsize=7,
+              title='value: share of weights', title_fontsize=7)
     return ax
 
 # %% ../nbs/06_param_groups.ipynb #4f0c8d2b
@@ -146,17 +169,20 @@ AS_TIMM = dict( # what timm means by a name: the class here that has its numbers
 
 def _own_name(name):
     "`optim_sgd` for `SGD`, and `decoupled_sgdw` for `DecoupledSGDW`."
-    rest = name.removeprefix('Decoupled').lower()
-    return f'optim_{rest}' if rest == name.lower() else f'decoupled_{rest}'
+    name = name.lower()
+    if name.startswith('decoupled'): return name.replace('decoupled', 'decoupled_')
+    return f'optim_{name}'
 
 AS_OURS = {_own_name(name): getattr(optim, name) for name in optim.__all__}
-TIMM_NAMES = {**{f'oe_{name}': cls for name, cls in AS_TIMM.items()}, **AS_OURS}
+TIMM_NAMES = {f'oe_{name}': cls for name, cls in AS_TIMM.items()} | AS_OURS
 
 def _read_whole(create):
-    "timm's `create_optimizer` reads what stands behind the last underscore; let it read our names whole."
+    """timm's `create_optimizer` reads what stands behind the last underscore; let it
+    read our names whole."""
     def create_optimizer(model_or_params, opt, *args, **kwargs):
         for name in TIMM_NAMES:
-            if opt.lower() in (name, f'lookahead_{name}'): opt = opt.lower().replace(name, name.replace('_', ''))
+            if opt.lower() in (name, f'lookahead_{name}'):
+                opt = opt.lower().replace(name, name.replace('_', ''))
         return create(model_or_params, opt, *args, **kwargs)
     return create_optimizer
 
@@ -164,49 +190,76 @@ def register_timm() -> list: # the names that timm's factory knows now
     """Let `timm.optim.create_optimizer_v2` build the optimizers of `optim`; an
     `ImportError` without timm 1.0.12 or later. A second call changes nothing."""
     try: from timm.optim._optim_factory import OptimInfo, default_registry as registry
-    except ImportError as e: raise ImportError("register_timm needs timm >= 1.0.12, with a registry of optimizers: pip install -U timm") from e
-    if all(name in registry.list_optimizers() for name in TIMM_NAMES): return list(TIMM_NAMES)
+    except ImportError as e: raise ImportError(
+        "register_timm needs timm >= 1.0.12, with a registry of optimizers:"
+        " pip install -U timm") from e
+    names = list(TIMM_NAMES)
+    if set(names) <= set(registry.list_optimizers()): return names
     infos = []
     for name, cls in AS_TIMM.items():
         theirs = registry.get_optimizer_info(name)
-        changed = dict(opt_class=cls, description=f"timm's {name!r}, made of steps")
-        infos.append(replace(theirs, name=f'oe_{name}', **changed))
+        infos.append(replace(theirs, name=f'oe_{name}', opt_class=cls,
+                             description=f"timm's {name!r}, made of steps"))
     for name, cls in AS_OURS.items():
         takes = inspect.signature(cls).parameters
-        has = {f'has_{k}': k in takes for k in ('eps', 'momentum', 'betas')}
-        infos.append(OptimInfo(name, opt_class=cls, description=cls.__doc__, **has))
+        infos.append(OptimInfo(
+            name, opt_class=cls, description=cls.__doc__, has_eps='eps' in takes,
+            has_momentum='momentum' in takes, has_betas='betas' in takes))
     for info in infos:
         registry.register(info)
         registry.register_alias(info.name.replace('_', ''), info.name)
     registry.create_optimizer = _read_whole(registry.create_optimizer)
-    return list(TIMM_NAMES)
+    return names
 
 # %% ../nbs/06_param_groups.ipynb #b14a52e4
-def _rates(lr, n):
-    "One rate for each of `n` parts."
-    if isinstance(lr, slice):
-        start, end = lr.start, lr.stop
-        if end is None or lr.step is not None: raise ValueError(f"lr must be slice(end) or slice(start, end), got {lr}")
-        check_nonnegative(lr=end)
-        if start is None: return [end/10]*(n - 1) + [end]
-        if not (start > 0 and end > 0): raise ValueError(f"lr must be a slice between numbers > 0, filled in with equal ratios, got {lr}")
-        return [start*(end/start)**(i/(n - 1)) for i in range(n)] if n > 1 else [end]
+def _rates(lr, n): # one rate for each of `n` parts
+    if isinstance(lr, slice): return _rates_of_slice(lr, n)
     rates = list(lr) if isinstance(lr, (list, tuple)) else [lr]*n
-    if len(rates) != n: raise ValueError(f"lr must be one number, a slice, or one number per part: got {len(rates)} numbers for {n} parts")
-    for r in rates: check_nonnegative(lr=r)
+    if len(rates) != n: raise ValueError(
+        "lr must be one number, a slice, or one number per part:"
+        f" got {len(rates)} numbers for {n} parts")
+    for rate in rates: check_nonnegative(lr=rate)
     return rates
+
+def _rates_of_slice(lr, n):
+    start, end = lr.start, lr.stop
+    if end is None or lr.step is not None: raise ValueError(
+        f"lr must be slice(end) or slice(start, end), got {lr}")
+    check_nonnegative(lr=end)
+    if start is None: return [end/10]*(n - 1) + [end]
+    if not (start > 0 and end > 0): raise ValueError(
+        "lr must be a slice between numbers > 0, filled in with equal ratios,"
+        f" got {lr}")
+    if n == 1: return [end]
+    return [start*(end/start)**(i/(n - 1)) for i in range(n)]
+
+def _params_of(part):
+    if isinstance(part, Tensor): return [part]
+    return list(part.parameters() if hasattr(part, 'parameters') else part)
 
 def discriminative(
     parts, # modules or lists of parameters, from the first layer to the last
-    lr, # one number, one number per part, `slice(end)` (`end/10` for all parts but the last) or `slice(start, end)` (geometric)
-    **hypers # more hyperparameters, the same in every group, such as `weight_decay=0.01`
-) -> list: # groups for any optimizer here or in torch: `{'params': [...], 'lr': ..., **hypers}`
-    "Parameter groups with a learning rate for each part of a model; a `ValueError` if counts differ, or if a part is empty or repeats a parameter."
-    parts, seen = [list(p.parameters() if hasattr(p, 'parameters') else [p] if isinstance(p, Tensor) else p) for p in parts], {}
-    if not parts: raise ValueError("parts is empty: pass at least one module or list of parameters")
-    for i, part in enumerate(parts):
-        if not part: raise ValueError(f"parts[{i}] of {len(parts)} has no parameters: leave it out, so that lr is spread over the others")
-        for p in part:
-            if id(p) in seen: raise ValueError(f"parts[{i}] repeats a parameter of parts[{seen[id(p)]}], of shape {tuple(p.shape)}: give it to one of them")
-            seen[id(p)] = i
-    return [{'params': part, 'lr': rate, **hypers} for part, rate in zip(parts, _rates(lr, len(parts)))]
+    lr, # one number, one number per part, `slice(end)` or `slice(start, end)`
+    **hypers # the same in every group, such as `weight_decay=0.01`
+) -> list: # groups for any optimizer here or in torch
+    """Parameter groups with a learning rate for each part of a model: dictionaries
+    `{'params': [...], 'lr': ..., **hypers}`.
+
+    `slice(end)` gives `end/10` to all parts but the last, `slice(start, end)` a
+    geometric series. A `ValueError` if counts differ, or if a part is empty or repeats
+    a parameter."""
+    lists = [_params_of(part) for part in parts]
+    if not lists: raise ValueError(
+        "parts is empty: pass at least one module or list of parameters")
+    part_of = {}
+    for i, params in enumerate(lists):
+        if not params: raise ValueError(
+            f"parts[{i}] of {len(lists)} has no parameters: leave it out,"
+            " so that lr is spread over the others")
+        for p in params:
+            if id(p) in part_of: raise ValueError(
+                f"parts[{i}] repeats a parameter of parts[{part_of[id(p)]}],"
+                f" of shape {tuple(p.shape)}: give it to one of them")
+            part_of[id(p)] = i
+    rates = _rates(lr, len(lists))
+    return [{'params': ps, 'lr': rate, **hypers} for ps, rate in zip(lists, rates)]

@@ -9,7 +9,8 @@ from optimizers_explained.problems import mlp
 from optimizers_explained.wrapper import OptimWrapper
 
 model = mlp()
-opt = OptimWrapper([list(model[1].parameters()), list(model[3].parameters())], torch.optim.Adam, lr=0.01)
+groups = [list(model[1].parameters()), list(model[3].parameters())]
+opt = OptimWrapper(groups, torch.optim.Adam, lr=0.01)
 opt.set_hypers(lr=slice(1e-3, 1e-2), mom=0.95)
 ```
 
@@ -25,66 +26,80 @@ from collections import defaultdict
 from copy import deepcopy
 
 from torch import Tensor
-from fastcore.basics import filter_keys, merge, patch
+from fastcore.basics import patch
 from fastcore.foundation import L
 from .bookkeeping import Optimizer, listed
 
 # %% ../nbs/07a_wrapper.ipynb #844e7d6a
-pytorch_hp_map = dict(momentum='mom', weight_decay='wd', alpha='sqr_mom', betas__0='mom', betas__1='sqr_mom')
+pytorch_hp_map = dict(momentum='mom', weight_decay='wd', alpha='sqr_mom',
+                      betas__0='mom', betas__1='sqr_mom')
 
 def detuplify_pg(
     d:dict, # a parameter group of a torch optimizer
 ) -> dict: # its hyperparameters
-    "The hyperparameters of group `d`, tuples taken apart: `betas` becomes `betas__0` and `betas__1`"
-    out = {}
-    for k, v in filter_keys(d, lambda k: k not in ('params', 'param_names')).items():
-        if not isinstance(v, (tuple, list)): out[k] = v
-        else: out.update({f'{k}__{i}': o for i, o in enumerate(v)})
-    return out
+    """The hyperparameters of group `d`, tuples taken apart: `betas` becomes `betas__0`
+    and `betas__1`"""
+    flat = {}
+    for k, v in d.items():
+        if k in ('params', 'param_names'): continue
+        if isinstance(v, (tuple, list)):
+            for i, item in enumerate(v): flat[f'{k}__{i}'] = item
+        else: flat[k] = v
+    return flat
 
 def set_item_pg(
     pg:dict, # a parameter group of a torch optimizer; changed in place
-    k:str, # a name as `detuplify_pg` gives it; a tuple or position that is not there is a `KeyError` or an `IndexError`
+    k:str, # a name as `detuplify_pg` gives it
     v, # the new value
 ) -> dict: # `pg`
-    "Set hyperparameter `k` of `pg`, which may be one item of a tuple"
+    """Set hyperparameter `k` of `pg`, which may be one item of a tuple; a tuple or
+    position that is not there is a `KeyError` or an `IndexError`"""
     name, _, i = k.rpartition('__')
-    if k in pg or not i.isdigit():
-        pg[k] = v
-        return pg
-    vs = list(pg[name])
-    vs[int(i)] = v
-    pg[name] = tuple(vs)
+    if k in pg or not i.isdigit(): pg[k] = v
+    else:
+        items = list(pg[name])
+        items[int(i)] = v
+        pg[name] = tuple(items)
     return pg
 
 # %% ../nbs/07a_wrapper.ipynb #b8d8a475
-def _named(o): return isinstance(o, tuple) and len(o) == 2 and isinstance(o[0], str)
+def _is_named(o):
+    return isinstance(o, tuple) and len(o) == 2 and isinstance(o[0], str)
 
 def _torchs_form(params): # lists of groups become torch's groups, anything else stays
-    params = [params] if isinstance(params, (Tensor, dict)) else list(params)
+    if isinstance(params, (Tensor, dict)): return [params]
+    params = list(params)
     if not params: return params
-    if isinstance(params[0], (Tensor, dict)) or _named(params[0]): return params
+    if isinstance(params[0], (Tensor, dict)) or _is_named(params[0]): return params
     return [g if isinstance(g, dict) else {'params': listed(g)} for g in params]
 
 def _wrapped(params, opt, convert_groups, kwargs): # the torch optimizer to use
-    if opt is None: raise ValueError("opt is None: give a torch optimizer, or a torch optimizer class and params")
-    if callable(opt) != (params is not None) or (kwargs and not callable(opt)): raise ValueError(
-        "give params (and hyperparameters) with a torch optimizer class, and neither with a torch optimizer that is already built")
-    if not callable(opt): return opt
-    return opt(_torchs_form(params) if convert_groups else params, **kwargs)
+    if opt is None: raise ValueError(
+        "opt is None: give a torch optimizer, or a torch optimizer class and params")
+    is_class = callable(opt)
+    fits = params is not None if is_class else params is None and not kwargs
+    if not fits: raise ValueError(
+        "give params (and hyperparameters) with a torch optimizer class,"
+        " and neither with a torch optimizer that is already built")
+    if not is_class: return opt
+    if convert_groups: params = _torchs_form(params)
+    return opt(params, **kwargs)
 
 # %% ../nbs/07a_wrapper.ipynb #b793e1f4
 class OptimWrapper(Optimizer):
-    "A torch optimizer with the methods and hyperparameter names of `Optimizer`; see `opt` for the torch optimizer itself"
+    """A torch optimizer with the methods and hyperparameter names of `Optimizer`; see
+    `opt` for the torch optimizer itself"""
     def __init__(self,
         params=None, # as in `Optimizer`, or torch's groups; None if `opt` is built
-        opt=None, # a torch optimizer class (or a `partial` of one), or a torch optimizer
+        opt=None, # a torch optimizer class (or a `partial` of one), or an optimizer
         hp_map=None, # torch's names to ours; None is `pytorch_hp_map`
-        convert_groups=True, # turn a list of lists into torch's groups; False passes `params` on as they are
+        convert_groups=True, # lists of lists to torch's groups; False: `params` as is
         **kwargs, # for the class, under torch's names: `lr=0.1, momentum=0.9`
     ):
-        self.opt, self.state, self.frozen_idx = _wrapped(params, opt, convert_groups, kwargs), defaultdict(dict), 0
+        self.opt = _wrapped(params, opt, convert_groups, kwargs)
         self.hp_map = pytorch_hp_map if hp_map is None else hp_map
+        self.state = defaultdict(dict)
+        self.frozen_idx = 0
 
     @property
     def param_lists(self):
@@ -93,7 +108,7 @@ class OptimWrapper(Optimizer):
 
     @param_lists.setter
     def param_lists(self, v):
-        for pg, ps in zip(self.opt.param_groups, v): pg['params'] = list(ps)
+        for pg, params in zip(self.opt.param_groups, v): pg['params'] = list(params)
 
     def names(self,
         pg:dict, # one of the torch optimizer's groups
@@ -104,8 +119,11 @@ class OptimWrapper(Optimizer):
     @property
     def hypers(self):
         "The hyperparameters of each group, under our names; a copy"
-        groups = map(detuplify_pg, self.opt.param_groups)
-        return L({self.hp_map.get(k, k): v for k, v in flat.items()} for flat in groups)
+        groups = L()
+        for pg in self.opt.param_groups:
+            flat, names = detuplify_pg(pg), self.names(pg)
+            groups.append({ours: flat[torchs] for ours, torchs in names.items()})
+        return groups
 
     def step(self,
         closure=None, # as the torch optimizer takes it
@@ -127,12 +145,13 @@ class OptimWrapper(Optimizer):
         sd:dict, # in torch's form; copied
     ):
         "Load a state dictionary of the torch optimizer"
-        own = (p for pg in self.opt.param_groups for p in pg['params'])
-        same = {id(p): p for p in own}                     # where `sd` speaks of them
-        self.opt.load_state_dict(deepcopy(sd, same))
+        not_copied = {}                # our parameters, where `sd` speaks of them
+        for pg in self.opt.param_groups:
+            for p in pg['params']: not_copied[id(p)] = p
+        self.opt.load_state_dict(deepcopy(sd, not_copied))
 
     def clear_state(self):
-        "Empty the torch optimizer's state, and ours except for `force_train` and `do_wd`"
+        "Empty torch's state, and ours except for `force_train` and `do_wd`"
         super().clear_state()
         self.opt.state.clear()
 
@@ -140,17 +159,22 @@ class OptimWrapper(Optimizer):
 def _torch_name(wrapper, pg, k): # torch's name in group `pg` for our name `k`
     own = wrapper.names(pg)
     if k in own: return own[k]
-    first_wins = reversed(wrapper.opt.param_groups)
-    name = merge(*map(wrapper.names, first_wins)).get(k)
-    if name is None or '__' in name: raise KeyError(
+    anywhere = {}
+    for other in reversed(wrapper.opt.param_groups):        # so that the first wins
+        anywhere.update(wrapper.names(other))
+    name = anywhere.get(k)
+    if name is None or '__' in name: raise KeyError(        # `pg` has no such tuple
         f"{type(wrapper.opt).__name__} has no hyperparameter {k!r}:"
         f" it has {', '.join(own)}")
     return name
 
 @patch
-def _write(self:OptimWrapper, groups): # all names are looked up before anything is set
-    pgs = self.opt.param_groups
-    todo = [{_torch_name(self, pg, k): v for k, v in new.items()}
-            for pg, new in zip(pgs, groups)]
-    for pg, new in zip(pgs, todo):
-        for k, v in new.items(): set_item_pg(pg, k, v)
+def write_hypers(self:OptimWrapper,
+    groups, # for each group a dictionary of hyperparameters, under our names
+):
+    "Write into torch's groups; all names are looked up before anything is set"
+    renamed = []
+    for pg, hyper in zip(self.opt.param_groups, groups):
+        renamed.append({_torch_name(self, pg, k): v for k, v in hyper.items()})
+    for pg, hyper in zip(self.opt.param_groups, renamed):
+        for k, v in hyper.items(): set_item_pg(pg, k, v)
