@@ -1,5 +1,5 @@
 """The real Hugging Face Accelerate (on the CPU) around the optimizers of `optim`, with
-a scheduler: interrupted, saved, resumed, and the bits are those of a run that was not."""
+a scheduler: interrupted, saved, resumed: the bits are those of the run that was not."""
 import pytest
 import torch
 from torch import nn
