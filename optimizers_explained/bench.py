@@ -81,6 +81,8 @@ def start_table(
     return markdown_table(['first two steps', 'set', 'cold, s', 'warm, s',
                            'built in them', 'built later'], lines)
 
+def _each(entries, key): return ', '.join(dict.fromkeys(e[key] for e in entries))
+
 def absent_table(
     run:dict, # from `run_bench` or `stored_run`
 ) -> str: # Markdown
@@ -90,9 +92,8 @@ def absent_table(
         groups.setdefault((entry['contender'], entry['reason']), []).append(entry)
     lines = []
     for (contender, reason), entries in groups.items():
-        def listed(key): return ', '.join(dict.fromkeys(e[key] for e in entries))
-        lines.append([contender, listed('optimizer'), listed('set'), listed('dtype'),
-                      reason.replace('|', '/')])
+        where = [_each(entries, key) for key in ('optimizer', 'set', 'dtype')]
+        lines.append([contender, *where, reason.replace('|', '/')])
     return markdown_table(['not measured', 'optimizer', 'set', 'dtype', 'why'], lines)
 
 # %% ../nbs/21_bench.ipynb #28a359ca
