@@ -4,7 +4,7 @@ Modules:
 
 - `optimizers_explained.adam`: Two averages, one division, and a small number whose place decides more than its size.
 - `optimizers_explained.basic`: What one update changes, what a training loop adds, and a small SGD worth keeping.
-- `optimizers_explained.bench`: How long does one step take? Ours, torch's and five other libraries, side by side in one process, with what it costs to start and what a perfect step could do.
+- `optimizers_explained.bench`: How long does one step take? Ours, torch's and five other libraries, side by side in one process, with the memory a step asks for and what it costs to start.
 - `optimizers_explained.bookkeeping`: fastai's `Optimizer`, method by method: groups, hyperparameters, state, saving, freezing.
 - `optimizers_explained.build`: From source to something that can be called: compiled once, kept in a private folder, and called with addresses.
 - `optimizers_explained.callback`: fastai's design, rebuilt: the optimizer keeps the books, and a list of small functions does the work.

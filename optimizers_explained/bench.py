@@ -1,13 +1,14 @@
-"""How long does one step take? Ours, torch's and five other libraries, side by side in one process, with what it costs to start and what a perfect step could do.
+"""How long does one step take? Ours, torch's and five other libraries, side by side in one process, with the memory a step asks for and what it costs to start.
 
-The same update, written as a loop, on lists of tensors or as one kernel: how much faster is it, and how far from what the memory allows? The command `oe-bench` times all contenders in one process, taking turns, and writes a table, a JSON file and a picture. This page shows a stored
+The same update, written as a loop, on lists of tensors or as one kernel: how much faster is it? The command `oe-bench` times all contenders in one process, taking turns, and writes a table, a JSON file and a picture. This page shows a stored
 run and how to read it.
 
 ```python
 from optimizers_explained.bench import bench_table, pick, start_table, stored_run
 
-print(bench_table(pick(stored_run(), set='resnet50', optimizer='SGD')))      # the run that comes with the package
-print(start_table(stored_run()))
+run = stored_run()      # the run that comes with the package
+print(bench_table(pick(run, set='resnet50', optimizer='SGD')))
+print(start_table(run))
 ```
 
 Docs: https://optimizers-explained.github.io/optimizers_explained/bench.html.md"""
@@ -22,10 +23,11 @@ import json
 from importlib.resources import files
 
 from . import contenders as who
-from .comparison import baselines, run_bench
-from .contenders import contenders, hypers
 from .command import check_device, check_folder, run_command
 from .command import publish, say, strict_json
+from .comparison import run_bench
+from .contenders import baselines, contenders, hypers
+from .problems import markdown_table
 
 # %% ../nbs/21_bench.ipynb #4f34742b
 def pick(
@@ -33,74 +35,110 @@ def pick(
     **wanted, # `set`, `optimizer`, `dtype` or `contender`: a value, or a list of them
 ) -> dict: # the run with fewer rows
     "Some rows of a run."
-    wanted = {k: [v] if isinstance(v, str) else v for k, v in wanted.items()}
-    return dict(run, rows=[r for r in run['rows'] if all(r[k] in v for k, v in wanted.items())])
+    rows = run['rows']
+    for key, values in wanted.items():
+        if isinstance(values, str): values = [values]
+        rows = [row for row in rows if row[key] in values]
+    return dict(run, rows=rows)
 
-def _table(head, rows): return '\n'.join(f"| {' | '.join(r)} |" for r in (head, [':--'] + ['--:']*(len(head) - 1), *rows))
-def _number(x, form): return '' if x is None else format(x, form)
+def _ratio(x): return '' if x is None else f'{x:.2f}'
+
+def _one_comparison(optimizer, rows):
+    head = [optimizer, 'ms', 'half of all steps', f'ratio to {baselines[optimizer]}',
+            'to our loop', 'extra memory']
+    lines = []
+    for r in rows:
+        lines.append([r['contender'], f"{r['median']:.2f}",
+                      f"{r['low']:.2f} to {r['high']:.2f}", _ratio(r['ratio']),
+                      _ratio(r['to_loop']), f"{r['extra']:.1%}"])
+    return markdown_table(head, lines)
 
 def bench_table(
     run:dict, # from `run_bench`, `stored_run` or `pick`
 ) -> str: # Markdown, which also reads well in a terminal
-    "One table a comparison: median and quartiles in ms, ratios of medians, share of the copy speed, extra memory in percent of the parameters."
+    """One table a comparison: median and quartiles in ms, ratios of medians,
+    extra memory in percent of the parameters."""
+    comparisons = {}
+    for row in run['rows']:
+        key = row['set'], row['optimizer'], row['dtype']
+        comparisons.setdefault(key, []).append(row)
     parts = []
-    for key in dict.fromkeys((r['set'], r['optimizer'], r['dtype']) for r in run['rows']):
-        rows = [r for r in run['rows'] if (r['set'], r['optimizer'], r['dtype']) == key]
-        base = next((b for b in baselines if any(r['contender'] == b for r in rows)), 'torch fused')
-        lines = [[r['contender'], f"{r['median']:.2f}", f"{r['low']:.2f} to {r['high']:.2f}", _number(r['ratio'], '.2f'), _number(r['to_loop'], '.2f'),
-                  f"{r['copy']:.0%}", f"{r['extra']:.1%}"] for r in rows]
-        notes = ''.join(f"\n\n{r['contender']}: {r['note']}" for r in rows if r.get('note'))
-        parts.append(f"**{', '.join(key)}**\n\n" + _table([f'{key[1]}', 'ms', 'half of all steps', f'ratio to {base}', 'to our loop', 'of copy speed', 'extra memory'], lines) + notes)
+    for (of, optimizer, dtype), rows in comparisons.items():
+        parts += [f'**{of}, {optimizer}, {dtype}**', _one_comparison(optimizer, rows)]
+        parts += [f"{r['contender']}: {r['note']}" for r in rows if 'note' in r]
     return '\n\n'.join(parts)
 
 def start_table(
     run:dict, # from `run_bench` or `stored_run`
 ) -> str: # Markdown
-    "Seconds of the first and of the second step, cold and warm, and kernels or graphs built in them and in the rest of a OneCycle schedule."
-    return _table(['first two steps', 'set', 'cold, s', 'warm, s', 'built in them', 'built later'],
-                  [[f"{r['contender']}, {r['optimizer']}", r['set'], *(' + '.join(f'{s:.2f}' for s in r[k]) for k in ('cold', 'warm')), str(r['first']), str(r['later'])] for r in run['starts']])
+    """Seconds of the first and of the second step, cold and warm, and kernels or graphs
+    built in them and in the rest of a schedule."""
+    def both(seconds): return f'{seconds[0]:.2f} + {seconds[1]:.2f}'
+    lines = []
+    for r in run['starts']:
+        lines.append([f"{r['contender']}, {r['optimizer']}", r['set'], both(r['cold']),
+                      both(r['warm']), str(r['first']), str(r['later'])])
+    return markdown_table(['first two steps', 'set', 'cold, s', 'warm, s',
+                           'built in them', 'built later'], lines)
+
+def _each(entries, key): return ', '.join(dict.fromkeys(e[key] for e in entries))
 
 def absent_table(
     run:dict, # from `run_bench` or `stored_run`
 ) -> str: # Markdown
     "Who did not take part in what, and why."
     groups = {}
-    for a in run['absent']: groups.setdefault((a['contender'], a['reason']), []).append(a)
-    every = lambda group, k: ', '.join(dict.fromkeys(a[k] for a in group if a[k]))
-    return _table(['not measured', 'optimizer', 'set', 'dtype', 'why'], [[c, *(every(g, k) for k in ('optimizer', 'set', 'dtype')), why.replace('|', '/')] for (c, why), g in groups.items()])
+    for entry in run['absent']:
+        groups.setdefault((entry['contender'], entry['reason']), []).append(entry)
+    lines = []
+    for (contender, reason), entries in groups.items():
+        where = [_each(entries, key) for key in ('optimizer', 'set', 'dtype')]
+        lines.append([contender, *where, reason.replace('|', '/')])
+    return markdown_table(['not measured', 'optimizer', 'set', 'dtype', 'why'], lines)
 
 # %% ../nbs/21_bench.ipynb #28a359ca
-def _colour(name): return 'tab:orange' if name.startswith('ours') else '0.35' if name.startswith('torch') else 'tab:blue'
+def _colour(name):
+    if name.startswith('ours'): return 'tab:orange'
+    if name.startswith('torch'): return '0.35'
+    return 'tab:blue'
 
-def _panel(ax, rows, dtypes): # bars for the first dtype, diamonds for the second
-    names = [k for k in contenders if any(r['contender'] == k and r['ratio'] for r in rows)][::-1]
-    of = lambda dtype: [(names.index(r['contender']), r['ratio'], _colour(r['contender'])) for r in rows if r['dtype'] == dtype and r['ratio']]
-    for y, x, colour in of(dtypes[0]): ax.barh(y, x - 1, left=1, color=colour, height=0.7)
-    for dtype in dtypes[1:]: ax.plot([x for _, x, _ in of(dtype)], [y for y, _, _ in of(dtype)], 'D', ms=4, mfc='white', mec='black')
+def _panel(ax, rows, bars): # bars for this dtype, diamonds for others
+    rows = [r for r in rows if r['ratio']]
+    seen = {r['contender'] for r in rows}
+    names = [name for name in contenders if name in seen]
+    for r in rows:
+        name, x = r['contender'], r['ratio']
+        y = names.index(name)
+        if r['dtype'] == bars:
+            ax.barh(y, x - 1, left=1, color=_colour(name), height=0.7)
+        else: ax.plot(x, y, 'D', ms=4, mfc='white', mec='black')
     ax.axvline(1, color='black', lw=0.8, ls='--')
     ax.set_xscale('log', base=2)
-    ax.update_datalim([(0.85, 0)])      # room to the left of 1
+    ax.update_datalim([(0.85, 0)]) # room to the left of 1
     ax.autoscale_view()
     ax.xaxis.set_major_formatter(lambda x, _: f'{x:g}')
-    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4))
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
     ax.tick_params(labelsize=7)
 
 def plot_bench(
     run:dict, # from `run_bench`, `stored_run` or `pick`
     fig=None, # matplotlib Figure to draw on; a new one by default
 ):  # the Figure
-    "Time as a ratio to torch fused (AdamW's, where torch has no such optimizer): bars for the first dtype, to the left if faster, diamonds for others; a row an optimizer, a column a set."
-    found = {k: list(dict.fromkeys(r[k] for r in run['rows'])) for k in ('optimizer', 'set', 'dtype')}
-    n, m = len(found['optimizer']), len(found['set'])
+    """Time as a ratio to torch fused (AdamW's, where torch has no such optimizer),
+    a row an optimizer, a column a set. Bars for the first dtype, to the left if faster;
+    diamonds for others."""
+    def found(key): return list(dict.fromkeys(row[key] for row in run['rows']))
+    optimizers, sets, dtypes = found('optimizer'), found('set'), found('dtype')
     if fig is None:
         import matplotlib.pyplot as plt
         fig = plt.figure(layout='constrained')
-    fig.set_size_inches(1.5 + 2.6*m, 0.5 + 2.2*n)
-    for axs, optimizer in zip(fig.subplots(n, m, squeeze=False, sharex='col'), found['optimizer']):
-        for ax, of in zip(axs, found['set']):
-            _panel(ax, pick(run, optimizer=optimizer, set=of)['rows'], found['dtype'])
+    fig.set_size_inches(1.5 + 2.6*len(sets), 0.5 + 2.2*len(optimizers))
+    grid = fig.subplots(len(optimizers), len(sets), squeeze=False, sharex='col')
+    for axs, optimizer in zip(grid, optimizers):
+        for ax, of in zip(axs, sets):
+            _panel(ax, pick(run, optimizer=optimizer, set=of)['rows'], dtypes[0])
             ax.set_title(f'{optimizer}, {of}', fontsize=9)
-    fig.supxlabel(f"time / torch fused ({', then '.join(found['dtype'])})", fontsize=9)
+    fig.supxlabel(f"time / torch fused ({', then '.join(dtypes)})", fontsize=9)
     return fig
 
 # %% ../nbs/21_bench.ipynb #eb7c2457
@@ -110,31 +148,36 @@ def stored_run() -> dict: # as from `run_bench`
 
 def where(
     run:dict, # from `run_bench` or `stored_run`
-) -> str: # one sentence or two
+) -> str: # two sentences
     "When a run was made, on what, and with which versions."
     m = run['machine']
-    return (f"{run['date']}, {m['gpu'] or m['processor']}, {m['cores']} cores, {m['threads']} threads, {m['system']}, Python {m['python']}, "
-            f"{', '.join(f'{k} {v}' for k, v in m['versions'].items())}. Medians of {run['reps']} rounds in {run['minutes']:.0f} minutes. Copying runs at {run['copy_gb_per_s']:.1f} GB/s.")
+    parts = [run['date'], m['gpu'] or m['processor'], f"{m['cores']} cores",
+             f"{m['threads']} threads", m['system'], f"Python {m['python']}"]
+    parts += [f'{name} {version}' for name, version in m['versions'].items()]
+    return (f"{', '.join(parts)}. "
+            f"Medians of {run['reps']} rounds in {run['minutes']:.0f} minutes.")
 
 # %% ../nbs/21_bench.ipynb #7de86ea5
 def _chosen(what, text, known):
     "The names in a comma-separated text, each once; all of them for None."
     if text is None: return tuple(known)
-    chosen = [o.strip() for o in text.split(',')]
-    for o in chosen:
-        if o not in known: raise ValueError(f"{what} must be some of {', '.join(known)}, separated by commas, got {o!r}")
+    chosen = [name.strip() for name in text.split(',')]
+    for name in chosen:
+        if name in known: continue
+        raise ValueError(f"{what} must be some of {', '.join(known)}, "
+                         f"separated by commas, got {name!r}")
     return tuple(dict.fromkeys(chosen))
 
 def bench(
     sets:str='resnet50,vit_small,small,large', # which parameters, separated by commas
     optimizers:str='SGD,AdamW,Lion,LAMB,LARS', # which optimizers
     dtypes:str='float32,bfloat16', # which precisions
-    only:str=None, # names of contenders, separated by commas; all by default. torch fused always runs
+    only:str=None, # names, separated by commas; all by default. torch fused always runs
     reps:int=None, # rounds of each comparison, at least 2; 25, or 3 with --quick
     device:str='cpu', # cpu, cuda or cuda:N
     out:str='.', # folder for bench.json and bench.png, made if it is missing
     quick:bool=False, # tiny tensors, to see that everything runs
-    full:bool=False, # let contenders that compile for a minute run on every set and dtype, not only the first
+    full:bool=False, # contenders that compile for a minute run on every set and dtype
 ) -> int: # 0 if anything was measured, 1 if not
     "Time one step of every optimizer, side by side in one process."
     chosen = dict(sets=_chosen('sets', sets, who.sets),

@@ -19,17 +19,19 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/race.html.md""
 __all__ = ['tolerance', 'contenders', 'run_race', 'disagreeing', 'race_table', 'plot_race', 'check_settings', 'race', 'main']
 
 # %% ../nbs/20_race.ipynb #a4485367
-import math, time
+import math
 from pathlib import Path
 
 import torch
+from torch.nn.functional import cross_entropy
 from . import callback
 from .basic import BasicSGD, check_nonnegative, fit
 from .command import check_device, check_folder, run_command
 from .command import publish, strict_json
 from .composer import DecoupledSGDW
 from .rules import l2_settings
-from .problems import accuracy, default_device, digits, max_diff, mlp, versions
+from .problems import accuracy, default_device, digits, max_diff
+from .problems import markdown_table, mlp, versions
 
 # %% ../nbs/20_race.ipynb #2e716cd5
 def contenders(
@@ -37,48 +39,51 @@ def contenders(
     momentum=0.9, # factor on the buffer, in [0, 1)
     weight_decay=1e-3, # each step takes `lr*weight_decay` off every weight
 ) -> dict: # `{name: make_opt}`; `make_opt(params)` builds the optimizer
-    "Four optimizers that must train the same weights, each with these hyperparameters in its own words."
+    """Four optimizers that must train the same weights,
+    each with these hyperparameters in its own words."""
     mu2, wd2, preset = l2_settings(lr, momentum, weight_decay)
+    l2 = dict(lr=lr, momentum=mu2, weight_decay=wd2)
+    decoupled = dict(lr=lr, momentum=momentum, weight_decay=lr*weight_decay)
+    fastais = dict(lr=lr, mom=momentum, wd=weight_decay)
     def basic(params):
-        opt = BasicSGD(params, lr=lr, momentum=mu2, weight_decay=wd2)
-        opt.bufs = {p: preset*p.detach() for g in opt.param_groups for p in g['params']}
+        params = list(params)
+        opt = BasicSGD(params, **l2)
+        for p in params: opt.bufs[p] = preset*p.detach()
         return opt
     def torch_sgd(params):
-        opt = torch.optim.SGD(params, lr=lr, momentum=mu2, weight_decay=wd2)
-        opt.state.update({p: {'momentum_buffer': preset*p.detach()} for g in opt.param_groups for p in g['params']})
+        params = list(params)
+        opt = torch.optim.SGD(params, **l2)
+        for p in params: opt.state[p]['momentum_buffer'] = preset*p.detach()
         return opt
-    return {'BasicSGD': basic, 'torch.optim.SGD': torch_sgd,
-            'DecoupledSGDW': lambda params: DecoupledSGDW(params, lr=lr, momentum=momentum, weight_decay=lr*weight_decay),
-            'callback.SGD': lambda params: callback.SGD(list(params), lr=lr, mom=momentum, wd=weight_decay)}
+    return {'BasicSGD': basic,
+            'torch.optim.SGD': torch_sgd,
+            'DecoupledSGDW': lambda params: DecoupledSGDW(params, **decoupled),
+            'callback.SGD': lambda params: callback.SGD(list(params), **fastais)}
 
 # %% ../nbs/20_race.ipynb #f41054ec
-class _Timed:
-    "Passes `step` and `zero_grad` on, and keeps the duration of each step in milliseconds."
-    def __init__(self, opt, device): self.opt, self.device, self.ms, self.zero_grad = opt, device, [], opt.zero_grad
-    def _now(self):
-        if self.device.type == 'cuda': torch.cuda.synchronize(self.device)
-        return time.perf_counter()*1000
-    def step(self):
-        start = self._now()
-        self.opt.step()
-        self.ms.append(self._now() - start)
-
 def run_race(
-    makes:dict, # `{name: make_opt}`, such as `contenders()`; the others are compared with the first
+    makes:dict, # `{name: make_opt}`, such as `contenders()`; the first is the measure
     epochs=5, # passes over the training digits
     seed=42, # decides the initial weights and the batches
     device=None, # where to train; `default_device()` if not given
-) -> list: # one dictionary a contender: `name`, `final_loss`, `accuracy`, `max_diff` from the first, `ms_per_step` (median), `history`
-    "Train one network per contender on the digits, from the same weights and on the same batches, in float64."
-    device, rows, first = torch.device(device or default_device()), [], None
+) -> list: # a dictionary each: `name`, `final_loss`, `accuracy`, `max_diff`, `history`
+    """Train one network per contender on the digits, from the same weights and on the
+    same batches, in float64. `max_diff` is the largest difference of any weight
+    from the first contender's."""
+    device = device or default_device()
+    rows, first = [], None
     for name, make_opt in makes.items():
         model = mlp(seed).double().to(device)
-        opt = _Timed(make_opt(model.parameters()), device)
-        history = fit(epochs, model, torch.nn.functional.cross_entropy, opt, *digits(seed=seed, dtype=torch.float64), metric=accuracy, progress=name)
+        opt = make_opt(model.parameters())
+        train_dl, valid_dl = digits(seed=seed, dtype=torch.float64)
+        history = fit(epochs, model, cross_entropy, opt, train_dl, valid_dl,
+                      metric=accuracy, progress=name)
         weights = [p.detach() for p in model.parameters()]
-        first = first or weights
-        rows.append(dict(name=name, final_loss=history[-1]['valid_loss'], accuracy=history[-1]['accuracy'], max_diff=max_diff(first, weights),
-                         ms_per_step=sorted(opt.ms)[len(opt.ms)//2], history=history))
+        if first is None: first = weights
+        last = history[-1]
+        rows.append(dict(name=name, final_loss=last['valid_loss'],
+                         accuracy=last['accuracy'], max_diff=max_diff(first, weights),
+                         history=history))
     return rows
 
 # %% ../nbs/20_race.ipynb #ff66152f
@@ -92,27 +97,31 @@ def disagreeing(
 
 def race_table(
     rows:list, # from `run_race`
-    time=True, # with the median time of a step
 ) -> str: # Markdown, which also reads well in a terminal
-    "Final loss, accuracy, largest weight difference from the first contender, and median time of a step."
-    head = f"| {'optimizer':16} | final loss | accuracy | max. difference |" + " ms per step |"*time
-    rule = f"|{'-'*18}|-----------:|---------:|----------------:|" + "------------:|"*time
-    line = "| {name:16} | {final_loss:10.6f} | {accuracy:8.4f} | {max_diff:15.1e} |" + " {ms_per_step:11.3f} |"*time
-    return '\n'.join([head, rule, *(line.format(**r) for r in rows)])
+    "Final loss, accuracy, and largest weight difference from the first contender."
+    cells = []
+    for r in rows:
+        cells.append([r['name'], f"{r['final_loss']:.6f}", f"{r['accuracy']:.4f}",
+                      f"{r['max_diff']:.1e}"])
+    head = ['optimizer', 'final loss', 'accuracy', 'max. difference']
+    return markdown_table(head, cells)
 
 # %% ../nbs/20_race.ipynb #39394bd7
 def plot_race(
     rows:list, # from `run_race`
     fig=None, # matplotlib Figure to draw on; a new one by default
 ):  # the Figure
-    "Left: validation loss after each epoch, the first contender widest. Right: largest weight difference from the first, with the tolerance; an exact 0 stands at 1e-17."
+    """Left: validation loss after each epoch, the first contender widest.
+    Right: largest weight difference from the first, with the tolerance;
+    an exact 0 stands at 1e-17."""
     if fig is None:
         import matplotlib.pyplot as plt
         fig = plt.figure(figsize=(8, 3.2), layout='constrained')
     left, right = fig.subplots(1, 2)
     for i, r in enumerate(rows):
         ys = [h['valid_loss'] for h in r['history']]
-        left.plot(range(1, len(ys)+1), ys, 'o-', lw=max(1, 9 - 2.5*i), ms=max(2, 10 - 2.5*i), label=r['name'])
+        width, size = max(1, 9 - 2.5*i), max(2, 10 - 2.5*i)
+        left.plot(range(1, len(ys)+1), ys, 'o-', lw=width, ms=size, label=r['name'])
         right.barh(r['name'], max(r['max_diff'], 1e-17), left=1e-18)
     left.set(xlabel='epoch', ylabel='validation loss')
     left.xaxis.get_major_locator().set_params(integer=True)
@@ -139,15 +148,19 @@ def check_settings(
     if not math.isfinite(lr): raise ValueError(f"lr must be finite, got {lr}")
     if not momentum < 1: raise ValueError(f"momentum must be below 1, got {momentum}")
     l2_settings(lr, momentum, weight_decay)
-    if not 0 <= seed < 2**63: raise ValueError(f"seed must be a number from 0 to 2**63-1, got {seed}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be a number from 0 to 2**63-1, got {seed}")
     check_device(device)
     return check_folder(out, 'race.json', 'race.png')
 
 # %% ../nbs/20_race.ipynb #7724aa18
 def _diverged(rows):
     "The contenders with a loss that is no finite number."
-    finite = lambda row: all(math.isfinite(h['valid_loss']) for h in row['history'])
-    return [row['name'] for row in rows if not finite(row)]
+    names = []
+    for row in rows:
+        losses = [epoch['valid_loss'] for epoch in row['history']]
+        if not all(map(math.isfinite, losses)): names.append(row['name'])
+    return names
 
 def _verdict(odd, lost, device):
     "Who disagrees and who diverged, a line each."
@@ -165,12 +178,13 @@ def race(
     epochs:int=5, # passes over the training digits, at least 1
     lr:float=0.1, # learning rate, >= 0
     momentum:float=0.9, # factor on the momentum buffer, in [0, 1)
-    weight_decay:float=1e-3, # each step takes lr*weight_decay off every weight; lr*weight_decay is below 1
+    weight_decay:float=1e-3, # each step takes lr*weight_decay (below 1) off each weight
     seed:int=42, # decides the initial weights and the batches
     device:str=None, # cpu, cuda or cuda:N; the GPU is used if there is one
     out:str='.', # folder for race.json and race.png, made if it is missing
 ) -> int: # 0 if all agree, 1 if not
-    "Train one network on handwritten digits with four optimizers that must agree, and compare their weights."
+    """Train one network on handwritten digits with four optimizers that must agree,
+    and compare their weights."""
     folder = check_settings(epochs, lr, momentum, weight_decay, seed, device, out)
     from matplotlib.figure import Figure
     device = check_device(device)

@@ -1,5 +1,5 @@
-"""The real Hugging Face Accelerate (on the CPU) around the optimizers of `optim`, with a scheduler: interrupted, saved, resumed, and the
-bits are those of the run that was not."""
+"""The real Hugging Face Accelerate (on the CPU) around the optimizers of `optim`, with
+a scheduler: interrupted, saved, resumed: the bits are those of the run that was not."""
 import pytest
 import torch
 from torch import nn
@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from optimizers_explained import optim
 from optimizers_explained.problems import max_diff
 
-accelerate = pytest.importorskip('accelerate', reason='accelerate is not installed: saving and resuming under it is not tested')
+REASON = 'accelerate is not installed: saving and resuming under it is not tested'
+accelerate = pytest.importorskip('accelerate', reason=REASON)
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 
 STEPS, MOMENT = 12, 4
@@ -28,21 +29,30 @@ class Training:
     def __init__(self, name='AdamW', seed=0, lr=0.05, accumulate=1, library=optim):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
-        decayed, rest = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim < 2]
-        opt = getattr(library, name)([dict(params=decayed), dict(params=rest, weight_decay=0., lr=lr/2)], lr=lr, weight_decay=0.1)
+        decayed = [p for p in model.parameters() if p.ndim > 1]
+        rest = [p for p in model.parameters() if p.ndim < 2]
+        groups = [dict(params=decayed), dict(params=rest, weight_decay=0., lr=lr/2)]
+        opt = getattr(library, name)(groups, lr=lr, weight_decay=0.1)
         sched = lr_scheduler.OneCycleLR(opt, max_lr=[lr, lr/2], total_steps=2*STEPS)
         gen = torch.Generator().manual_seed(1)
-        data = TensorDataset(*(torch.randn(4*STEPS, n, generator=gen, dtype=torch.float64) for n in (4, 2)))
-        self.acc = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
-        self.model, self.opt, self.dl, self.sched = self.acc.prepare(model, opt, DataLoader(data, batch_size=4), sched)
+        xs = torch.randn(4*STEPS, 4, generator=gen, dtype=torch.float64)
+        ys = torch.randn(4*STEPS, 2, generator=gen, dtype=torch.float64)
+        dl = DataLoader(TensorDataset(xs, ys), batch_size=4)
+        self.acc = accelerate.Accelerator(cpu=True,
+                                          gradient_accumulation_steps=accumulate)
+        prepared = self.acc.prepare(model, opt, dl, sched)
+        self.model, self.opt, self.dl, self.sched = prepared
 
     def run(self, first, last):
         for i, (x, y) in enumerate(self.dl):
             if not first <= i < last: continue
             with self.acc.accumulate(self.model):
                 self.acc.backward(nn.functional.mse_loss(self.model(x), y))
-                if self.acc.sync_gradients: self.acc.clip_grad_norm_(self.model.parameters(), 1.)
-                self.opt.step(), self.sched.step(), self.opt.zero_grad()
+                if self.acc.sync_gradients:
+                    self.acc.clip_grad_norm_(self.model.parameters(), 1.)
+                self.opt.step()
+                self.sched.step()
+                self.opt.zero_grad()
         return [p.detach().clone() for p in self.model.parameters()]
 
 
@@ -53,10 +63,12 @@ def test_save_and_resume(name, accumulate, tmp_path):
     first = Training(name, accumulate=accumulate)
     first.run(0, MOMENT)
     first.acc.save_state(tmp_path)
-    second = Training(name, seed=9, lr=0.01, accumulate=accumulate)             # other weights and rates: all has to come from the files
+    # other weights and rates: all has to come from the files
+    second = Training(name, seed=9, lr=0.01, accumulate=accumulate)
     second.acc.load_state(tmp_path)
     assert max_diff(second.run(MOMENT, STEPS), want) == 0.
-    assert second.opt.param_groups[0]['weight_decay'] == 0.1 and second.opt.param_groups[1]['weight_decay'] == 0.
+    decayed, rest = second.opt.param_groups
+    assert decayed['weight_decay'] == 0.1 and rest['weight_decay'] == 0.
 
 
 @pytest.mark.parametrize('name', ['Lion', 'AdamW'])
@@ -81,4 +93,5 @@ def test_same_training_as_with_torch(name):
 def test_the_optimizer_inside_is_ours():
     training = Training()
     assert isinstance(training.opt, accelerate.optimizer.AcceleratedOptimizer)
-    assert training.opt.optimizer.state_dict()['steps'] == ['flip', 'decay', 'adam', 'sgd']
+    saved = training.opt.optimizer.state_dict()
+    assert saved['steps'] == ['flip', 'decay', 'adam', 'sgd']

@@ -9,8 +9,11 @@ from optimizers_explained import command as commands, race
 from optimizers_explained.composer import DecoupledSGDW
 
 
+PROGRAM = 'import sys; from optimizers_explained.race import main; sys.exit(main())'
+
+
 def command(*args, cwd):
-    return subprocess.run([sys.executable, '-c', 'import sys; from optimizers_explained.race import main; sys.exit(main())', *args],
+    return subprocess.run([sys.executable, '-c', PROGRAM, *args],
                           cwd=cwd, capture_output=True, text=True)
 
 
@@ -18,18 +21,22 @@ def test_all_agree(tmp_path):
     done = command('--epochs', '1', '--out', 'deep/er', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert 'All agree' in done.stdout and f'{race.tolerance:g}' in done.stdout
-    result = json.loads((tmp_path/'deep/er/race.json').read_text())
-    assert [r['name'] for r in result['contenders']] == ['BasicSGD', 'torch.optim.SGD', 'DecoupledSGDW', 'callback.SGD']
-    assert all(name in done.stdout for name in (r['name'] for r in result['contenders']))
-    assert result['agree'] and result['settings']['epochs'] == 1 and all(r['max_diff'] <= result['tolerance'] for r in result['contenders'])
-    assert (tmp_path/'deep/er/race.png').read_bytes().startswith(b'\x89PNG')
-    assert sorted(p.name for p in (tmp_path/'deep/er').iterdir()) == ['race.json', 'race.png']
+    out = tmp_path/'deep/er'
+    result = json.loads((out/'race.json').read_text())
+    rows = result['contenders']
+    names = [r['name'] for r in rows]
+    assert names == ['BasicSGD', 'torch.optim.SGD', 'DecoupledSGDW', 'callback.SGD']
+    for name in names: assert name in done.stdout
+    assert result['agree'] and result['settings']['epochs'] == 1
+    for r in rows: assert r['max_diff'] <= result['tolerance']
+    assert (out/'race.png').read_bytes().startswith(b'\x89PNG')
+    assert sorted(p.name for p in out.iterdir()) == ['race.json', 'race.png']
 
 
 def test_a_wrong_translation_exits_1(tmp_path, monkeypatch, capsys):
-    right = race.contenders()
-    wrong = lambda ps: DecoupledSGDW(ps, lr=0.1, momentum=0.9, weight_decay=1e-3)
-    monkeypatch.setattr(race, 'contenders', lambda *_: {**right, 'DecoupledSGDW': wrong})
+    def wrong(ps): return DecoupledSGDW(ps, lr=0.1, momentum=0.9, weight_decay=1e-3)
+    makes = {**race.contenders(), 'DecoupledSGDW': wrong}
+    monkeypatch.setattr(race, 'contenders', lambda *_: makes)
     assert race.main(['--epochs', '1', '--out', str(tmp_path)]) == 1
     assert 'Disagreeing: DecoupledSGDW (' in capsys.readouterr().out
     assert json.loads((tmp_path/'race.json').read_text())['agree'] is False
@@ -54,7 +61,8 @@ def test_bad_input_is_one_line_and_2(tmp_path, args, message, capfd, monkeypatch
     out, err = capfd.readouterr()
     assert code == 2 and not out and message in err
     assert err.count('\n') == 1 and err.startswith('oe-race: ')
-    assert [p.name for p in tmp_path.iterdir()] == ['file'] and (tmp_path/'file').read_text() == 'mine'
+    assert [p.name for p in tmp_path.iterdir()] == ['file']
+    assert (tmp_path/'file').read_text() == 'mine'
 
 
 def test_nothing_is_half_written(tmp_path, monkeypatch, capfd):
@@ -63,10 +71,12 @@ def test_nothing_is_half_written(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(commands.os, 'replace', broken)
     assert race.main(['--epochs', '1', '--out', str(tmp_path)]) == 130
     assert capfd.readouterr().err == 'oe-race: interrupted\n'
-    assert [p.name for p in tmp_path.iterdir()] == ['race.json'] and (tmp_path/'race.json').read_text() == 'from before'
+    assert [p.name for p in tmp_path.iterdir()] == ['race.json']
+    assert (tmp_path/'race.json').read_text() == 'from before'
 
 
 def test_help_explains_each_option(tmp_path):
     text = ' '.join(command('--help', cwd=tmp_path).stdout.split())
-    for option in ('epochs', 'lr', 'momentum', 'weight-decay', 'seed', 'device', 'out'): assert f'--{option} (' in text
+    for option in ('epochs', 'lr', 'momentum', 'weight-decay', 'seed', 'device', 'out'):
+        assert f'--{option} (' in text
     assert text.count('(default: ') == 6
