@@ -32,8 +32,8 @@ from torch.overrides import TorchFunctionMode
 from .checks import name_of
 from .multi_tensor import TensorLike
 from .operations import (
-    CONVERSIONS, DEFAULTS, NUMBERS, OPS, SAME, Ledger, Number, NumberTerm, Row, Term,
-    Unfusable, symbolic_math, unchanged)
+    CONVERSIONS, DEFAULTS, NUMBERS, SAME, Ledger, Number, NumberTerm, Reduction, Row,
+    Term, Unfusable, row_of, symbolic_math, unchanged)
 
 # %% ../nbs/10b_recorder.ipynb #4723ba26
 HALF = torch.bfloat16, torch.float16
@@ -44,7 +44,7 @@ class Node(NamedTuple):
     needs:tuple=() # numbers of the nodes in it
     per:str='element' # one value per 'element', or one per 'tensor'
     logical:bool=False # true or false
-    total:str='' # of a sum only: what becomes of the `{total}` over `{size}` elements
+    reduction:Reduction=None # of a sum only: what makes one number of its elements
 
 UNKNOWN = 'the value of a tensor is not known before a kernel runs'
 WHICH = 'which tensor this is, is not known before a kernel runs'
@@ -247,12 +247,12 @@ class Tape(Ledger):
         return isinstance(x, (str, torch.device)) and torch.device(x) == self.device
 
     def _row(self, plain, name, func): # methods and functions of one name may differ
-        row = OPS.get(plain)
+        row = row_of(plain)
         if func is None or func is getattr(Tensor, name, None):
-            row = OPS.get(f'Tensor.{plain}', row)
+            row = row_of(f'Tensor.{plain}') or row
         if row is None or not _is_torchs(name, func):
             self.refuse(f'{name} has no fused form')
-        return row if type(row) is Row else Row(row)
+        return row
 
     def _bound(self, name, row, args, kwargs):
         kwargs = {k: v for k, v in kwargs.items() if not _is_default(k, v)}
@@ -304,11 +304,13 @@ class Call:
     def node(self):
         "What it gives; `Unfusable` where torch refuses, or a kernel cannot follow."
         per = 'element' if any(n.per == 'element' for n in self.nodes) else 'tensor'
-        total = self.row.total
-        if total and per == 'tensor': self._refuse('of one number')
+        reduction = self.row.reduction
+        if reduction:
+            if per == 'tensor': self._refuse('of one number')
+            per = 'tensor'
         code, logical = self._typed()
         if code is None: self.tape.refuse_arguments(self.name)
-        return Node(code, _needs(code), 'tensor' if total else per, logical, total)
+        return Node(code, _needs(code), per, logical, reduction)
 
     def _refuse(self, what): self.tape.refuse(f'{self.name} {what} has no fused form')
 
@@ -376,11 +378,11 @@ class Call:
 
 def _case(row, arguments): # torch has a way of its own for some values of an argument
     if not row.cases: return row, arguments
-    parameter, rows = row.cases
+    parameter = row.cases.argument
     default = _signature(row.write).parameters[parameter].default
     value = arguments.get(parameter, default)
     if type(value) is Value: return row, arguments
-    for special, case in rows.items():
+    for special, case in row.cases.rows.items():
         if value == special:
             rest = [v for k, v in arguments.items() if k != parameter]
             return case, dict(zip(_signature(case.write).parameters, rest))
