@@ -142,7 +142,8 @@ class Writer:
     def line(self, i):
         "The line that gives node `i` its value."
         node, language = self.nodes[i], self.language
-        if i < len(self.names): return self._fill(language.load, i=i, name=self.names[i])
+        is_argument = i < len(self.names)
+        if is_argument: return self._fill(language.load, i=i, name=self.names[i])
         code = self._result(i) if node.reduction else node.code
         if node.logical: return self._fill(language.flag, i=i, code=code)
         template = language.rounded if self.dtype in HALF else language.value
@@ -153,7 +154,7 @@ class Writer:
         raise NotImplementedError
 
     def total(self, i, row):
-        "The sum `i` over a tensor, as an expression; `row` is the number of the tensor."
+        "The sum `i` over a tensor, an expression; `row` is the number of the tensor."
         return self._fill(self.language.total, i=i, place=self.place(i, row))
 
     def place(self, i, row):
@@ -247,8 +248,8 @@ return x != x ? 0x7fc0 : (u.i + 0x7fff + ((u.i >> 16) & 1)) >> 16; }
 ROUNDED = '#define R(x) get(put(x))\n'
 
 class Cpp(Writer):
-    """For the CPU: a loop per phase over chunks of all tensors. Half precision is rounded
-    after every operation, as torch does."""
+    """For the CPU: a loop per phase over chunks of all tensors. Half precision is
+    rounded after every operation, as torch does."""
     types = {
         torch.float32: dict(T='float', S='float', convert=PLAIN),
         torch.float64: dict(T='double', S='double', convert=PLAIN),
@@ -297,13 +298,14 @@ class Cpp(Writer):
             loop='\n      '.join(lines.loop), after='\n    '.join(lines.after))
         return text.replace('    \n', '')               # where a part has no lines
 
-    def _pragma(self, ph): # several elements at once, if all sums can be added up like that
-        names = {}
+    def _pragma(self, ph): # several elements at once, if no sum stands against it
+        names, pragma = {}, '#pragma omp simd'
         for i in ph.sums:
             names.setdefault(self.nodes[i].reduction.clause, []).append(f'sum{i}')
         if '' in names: return ''
-        clauses = [f' reduction({sign}:{", ".join(sums)})' for sign, sums in names.items()]
-        return '#pragma omp simd' + ''.join(clauses)
+        for clause, sums in names.items():
+            pragma += f' reduction({clause}:{", ".join(sums)})'
+        return pragma
 
     def _loops(self):
         apart, together = [], []
@@ -317,7 +319,7 @@ class Cpp(Writer):
         wide = TOGETHER.format(together='\n'.join(f'  {line}' for line in together))
         return waves + wide if len(self.phases) > 1 else wide
 
-    def _gather(self, i): # the chunks of each tensor; totals are 0 before the first of them
+    def _gather(self, i): # all chunks of a tensor; its total is 0 before the first
         total, start = self.total(i, 'tensor[k]'), self.nodes[i].reduction.start
         action = self._added(i, total, f'part[{self.place(i, "k")}]')
         if start != '0': action = f'{{ if (!first[k]) {total} = {start}; {action} }}'

@@ -281,7 +281,7 @@ class Function(NamedTuple):
     triton:object # the body of a function; or `Missing`
 
 class Reduction(NamedTuple):
-    "How the elements of a tensor become one number, in each language; first of all a sum."
+    "How the elements of a tensor become one number, in each language; else a sum."
     result:str # what becomes of the `{total}` over `{size}` elements
     start:str='0' # of a total in C++
     cpp:object='{total} += {x}' # takes one more into a total; or `Missing`
@@ -465,12 +465,11 @@ OPS = {
 
 # %% ../nbs/10a_operations.ipynb #0843ef1f
 def row_of(
-    name:str, # in `OPS`, where a plain function is short for a row with it
-) -> Row: # `None` if there is none
+    name:str, # in `OPS`, where a function alone is short for a row that writes it
+) -> Row:
     "The row of an operation."
-    entry = OPS.get(name)
-    if entry is None or type(entry) is Row: return entry
-    return Row(entry)
+    entry = OPS[name]
+    return entry if type(entry) is Row else Row(entry)
 
 def functions() -> dict: # `{name: Function}`, in the order of the table
     "All that expressions may call."

@@ -56,7 +56,7 @@ class Triton(Writer):
         rounded='v{i} = R({code})',
         flag='v{i} = {code}',
         store='tl.store({name}, v{i}, inside)',
-        begin='', end='',                               # a block is one sum
+        begin='', end='',                             # there is no loop around it
         total='tl.load(totals + {place})')
 
     def add(self, i):
@@ -82,8 +82,8 @@ class Triton(Writer):
         if name not in known: self.refuse(name)
         function = known[name]
         if type(function.triton) is Missing: self.refuse(name, function.triton.why)
-        body = function.triton.format(**self.type)
-        return TRITON_FUNCTION.format(name=name, arguments=function.arguments, body=body)
+        return TRITON_FUNCTION.format(name=name, arguments=function.arguments,
+                                      body=function.triton.format(**self.type))
 
     def _phase(self, number, ph):
         coef = 'c{i} = tl.load(c + {i}).to(tl.{T})'

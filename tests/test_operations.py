@@ -211,7 +211,7 @@ class Fused:
         self.p = data[0].clone().requires_grad_()
         steps = [step_of(cases, []), sgd]
         self.opt = StepOptimizer([self.p], steps, lr=1., k=0., fused=True)
-        self.opt.memo.steps = list(self.opt.steps)     # as if read: they only take notes
+        self.opt.memo.steps = list(self.opt.steps)    # as if read: they only take notes
 
     def __call__(self, k):
         "The result of each for a value of k."
