@@ -110,6 +110,7 @@ CALLED = re.compile(r'\b[a-z]\w*(?=\()') # the functions in an expression
 
 class Writer:
     "Writes the lines of a kernel; a language adds what each kind of line looks like."
+    column:str # of the language in the table of operations
     language:Language
     types:dict # for each dtype, what templates are filled with
 
@@ -128,6 +129,12 @@ class Writer:
         "Raise `Unfusable`: the language has no form of `what`."
         text = f'{what} has no fused form on this device'
         raise Unfusable(f'{text}: {why}' if why else text)
+
+    def form(self, name, entry):
+        "What the table says of a `Function` or `Reduction` in this language."
+        form = getattr(entry, self.column)
+        if type(form) is Missing: self.refuse(name, form.why)
+        return form
 
     def lines(self, ph):
         "The lines of a phase."
@@ -250,6 +257,7 @@ ROUNDED = '#define R(x) get(put(x))\n'
 class Cpp(Writer):
     """For the CPU: a loop per phase over chunks of all tensors. Half precision is
     rounded after every operation, as torch does."""
+    column = 'cpp'
     types = {
         torch.float32: dict(T='float', S='float', convert=PLAIN),
         torch.float64: dict(T='double', S='double', convert=PLAIN),
@@ -273,21 +281,20 @@ class Cpp(Writer):
     def source(self):
         "The whole file."
         phases = [self._phase(number, ph) for number, ph in enumerate(self.phases)]
-        using, defined = self._functions()
-        return CPP.format(**self.type, using=using, functions=defined,
+        return CPP.format(**self.type, using=self._using(), functions=self._defined(),
                           phases=''.join(phases), loops=self._loops())
 
-    def _functions(self): # those of the library that are called, and those of our own
-        defined, using = [], ''
-        known = functions()
-        for function in known.values():
-            if type(function.cpp) is str and not function.cpp.startswith('std::'):
-                defined.append(function.cpp)
-        for name in sorted({'min', *self.called()}): # `min` is called by every phase
-            cpp = known[name].cpp if name in known else f'std::{name}'
-            if type(cpp) is Missing: self.refuse(name, cpp.why)
-            if cpp.startswith('std::'): using += f'using {cpp};\n'
-        return using, '\n'.join(defined)
+    def _using(self): # what is called of the library; `min`, by every phase
+        using, known = '', functions()
+        for name in sorted({'min', *self.called()}):
+            form = self.form(name, known[name]) if name in known else f'std::{name}'
+            if form.startswith('std::'): using += f'using {form};\n'
+        return using
+
+    def _defined(self): # every function of our own, called or not
+        forms = [function.cpp for function in functions().values()]
+        own = [f for f in forms if type(f) is str and not f.startswith('std::')]
+        return '\n'.join(own)
 
     def _phase(self, number, ph):
         lines = self.lines(ph)
@@ -326,6 +333,5 @@ class Cpp(Writer):
         return f'for (int64_t k = begin; k < end; k++) {action}'
 
     def _added(self, i, total, x):
-        cpp = self.nodes[i].reduction.cpp
-        if type(cpp) is Missing: self.refuse('a reduction', cpp.why)
-        return f'{cpp.format(total=total, x=x)};'
+        form = self.form('a reduction', self.nodes[i].reduction)
+        return f'{form.format(total=total, x=x)};'

@@ -22,7 +22,7 @@ import re
 
 import torch
 from .kernels import Language, Writer
-from .operations import Function, Missing, functions
+from .operations import Function, functions
 
 # %% ../nbs/10ca_triton.ipynb #c4cea215
 BLOCK = 1024 # elements of one program on a GPU
@@ -44,6 +44,7 @@ TYPES = dict( # a number in the type of computation; the same, rounded to half p
 
 class Triton(Writer):
     "For a GPU: a function per phase, run once for every block of every tensor."
+    column = 'triton'
     types = {
         torch.float32: dict(T='float32', S='float32', sqrt='sqrt_rn'),
         torch.float64: dict(T='float64', S='float64', sqrt='sqrt'),
@@ -62,9 +63,7 @@ class Triton(Writer):
     def add(self, i):
         "The line that takes a block into the sum `i`."
         node = self.nodes[i]
-        if type(node.reduction.triton) is Missing:
-            self.refuse('a reduction', node.reduction.triton.why)
-        total = node.reduction.triton.format(x=node.code)
+        total = self.form('a reduction', node.reduction).format(x=node.code)
         return f'tl.store(part + {self.place(i, "k")}, {total})'
 
     def source(self):
@@ -80,10 +79,9 @@ class Triton(Writer):
     def _function(self, name):
         known = {**TYPES, **functions()}
         if name not in known: self.refuse(name)
-        function = known[name]
-        if type(function.triton) is Missing: self.refuse(name, function.triton.why)
-        return TRITON_FUNCTION.format(name=name, arguments=function.arguments,
-                                      body=function.triton.format(**self.type))
+        body = self.form(name, known[name]).format(**self.type)
+        arguments = known[name].arguments
+        return TRITON_FUNCTION.format(name=name, arguments=arguments, body=body)
 
     def _phase(self, number, ph):
         coef = 'c{i} = tl.load(c + {i}).to(tl.{T})'

@@ -74,22 +74,26 @@ OPERATORS = dict(add='add', sub='sub', mul='mul', div='truediv', pow='pow',
 
 def arguments(row):
     "Every choice of arguments for a row: `{parameter: what}`."
-    known = list(inspect.signature(OPS[row].write).parameters.values())
-    first, *rest = [q.name for q in known]
+    first, *rest = inspect.signature(OPS[row].write).parameters
     choices = [CHOICES.get(first, INPUTS), *(CHOICES.get(q, OTHERS) for q in rest)]
     for chosen in itertools.product(*choices):
-        yield {q: c for q, c in zip([first, *rest], chosen) if c is not None}
+        given = zip([first, *rest], chosen)
+        yield {q: c for q, c in given if c is not None}
 
 def has_tensor(chosen): # beside those that torch reads as numbers
-    operands = [c for q, c in chosen.items() if q not in ('alpha', 'value', 'p')]
-    return any(c in list('xyzmnso') for c in operands)
+    for parameter, c in chosen.items():
+        is_operand = parameter not in ('alpha', 'value', 'p')
+        if is_operand and c in list('xyzmnso'): return True
+    return False
 
 def look_up(what, env): return env.get(what, what) if isinstance(what, str) else what
 
 def call(f, chosen, env, by_name=()):
-    args = {q: look_up(c, env) for q, c in chosen.items()}
-    named = {q: v for q, v in args.items() if q in by_name}
-    return f(*(v for q, v in args.items() if q not in by_name), **named)
+    args, named = [], {}
+    for parameter, c in chosen.items():
+        if parameter in by_name: named[parameter] = look_up(c, env)
+        else: args.append(look_up(c, env))
+    return f(*args, **named)
 
 def method(name, chosen, env, by_name=(), clone=False):
     first, *rest = chosen
@@ -222,8 +226,8 @@ class Fused:
         self.opt.state[self.p].update(z=z, w=w, **outs)
         self.opt.param_groups[0]['k'] = k     # NaN would be refused at the start
         self.opt.step()
-        programs = [q for found in self.opt.memo.programs.values() for q in found]
-        assert {q.reason for q in programs} == {None}
+        for found in self.opt.memo.programs.values():
+            for program in found: assert program.reason is None
         return [self.opt.state[self.p][out] for out in self.outs]
 
 class Tolerance(NamedTuple):
@@ -291,15 +295,16 @@ def check(cases, dtype, ks=KS, tolerance=None, size=80):
         concerned = cases if kind == 'float' else [c for c in cases if c.has_k]
         new, accepted[kind] = sort_out(concerned, dtype, data, kind)
         faults += new
-    groups = {} # keys, by the kinds of k that record them alike
-    for key in dict.fromkeys(key for found in accepted.values() for key in found):
+    every, groups = {}, {} # keys, by the kinds of k that record them alike
+    for found in accepted.values(): every.update(found)
+    for key in every:
         kinds = tuple(kind for kind in ks if key in accepted[kind])
         groups.setdefault(kinds, []).append(key)
     for kinds, keys in groups.items():
         for start in range(0, len(keys), size):
             part = [accepted[kinds[0]][key] for key in keys[start:start + size]]
             kernel = Fused([found[0] for found in part], data)
-            for k in (k for kind in kinds for k in ks[kind]):
+            for k in itertools.chain(*(ks[kind] for kind in kinds)):
                 env = names(*data, k)
                 for found, got in zip(part, kernel(k)):
                     faults += compare(found, got, env, dtype, tolerance)
