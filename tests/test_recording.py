@@ -273,7 +273,8 @@ class Stubborn:
     (NAN, float('nan'), True), (NAN, 1., False), (0., -0., False), (0., 0., True),
     (1, True, False), (1, 1., False), (True, True, True), ('a', 'a', True),
     (None, None, True), ((1., NAN), (1., NAN), True), ((0.,), (-0.,), False),
-    ([1], (1,), False), ({'a': NAN}, {'a': NAN}, True), ({'a': 1}, {'b': 1}, False),
+    ([1], (1,), False),
+    ({'a': NAN}, {'a': NAN}, True), ({'a': 1}, {'b': 1}, False),
     ({1: 1}, {True: 1}, False),
     (np.ones(2), np.ones(2), False), (torch.ones(2), torch.ones(2), False),
     (np.float64(1), 1., False), (np.float64(NAN), np.float64(NAN), True),
@@ -379,7 +380,8 @@ def grows(p, g, state):
         if isinstance(v, Tensor): v.add_(g)
 
 @pytest.mark.parametrize('numbers,after', [
-    ({3: 1.}, {3: 2.}), ({'a b': 1., 'ö': 2}, {'a b': 2., 'ö': 2}), ({}, {}),
+    ({3: 1.}, {3: 2.}), ({}, {}),
+    ({'a b': 1., 'ö': 2}, {'a b': 2., 'ö': 2}),
     (dict(x=Pair(1., 2)), dict(x=Pair(2., 2))),
     (dict(x=(1., True)), dict(x=(1., True)))])
 def test_numbers_in_the_state(numbers, after):
