@@ -401,7 +401,7 @@ def test_bench_keeps_its_numbers_when_files_fail(tmp_path, monkeypatch, ran):
     monkeypatch.setattr(os, 'replace', may_not)
     end = ran('oe-bench', *QUICK, '--out', tmp_path)
     check_one_line(end, 3, 'oe-bench', "bench.json': Permission denied")
-    assert '| ours loop |' in end.out and list(tmp_path.iterdir()) == []
+    assert '| ours loop ' in end.out and list(tmp_path.iterdir()) == []
 
 
 def test_bench_without_anything_to_measure(tmp_path, monkeypatch, ran):
