@@ -30,8 +30,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from . import core, optim
 from .adam import adam
-from .basic import check_nonnegative
-from .composer import check_nesterov
+from .checks import check_nesterov, check_nonnegative
 from .core import Betas, Params, StepOptimizer, l2, sgd
 from .trust import lars, trust
 

@@ -21,8 +21,7 @@ __all__ = ['SGD', 'SGDW', 'DecoupledSGDW', 'Lion', 'Adam', 'AdamW', 'DecoupledAd
 from torch import Tensor
 from . import core
 from .adam import Adam, AdamW, DecoupledAdamW
-from .checks import given
-from .composer import check_nesterov
+from .checks import check_nesterov, given
 from .core import Betas, Params, StepOptimizer
 from .core import decay, decay_rel, flip, l2, lion, sgd
 from .trust import LAMB, LARS

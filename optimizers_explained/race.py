@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 from . import callback
-from .basic import BasicSGD, check_nonnegative, fit
+from .basic import BasicSGD, fit
+from .checks import check_nonnegative
 from .command import check_device, check_folder, run_command
 from .command import publish, strict_json
 from .composer import DecoupledSGDW

@@ -23,6 +23,8 @@ import math
 from numbers import Real
 from typing import NamedTuple
 
+from .checks import check_nesterov
+
 # %% ../nbs/08a_recipes.ipynb #095bc753
 class Signature(NamedTuple):
     "What an optimizer takes, and what it makes of `weight_decay`."
@@ -152,8 +154,6 @@ def arguments(
         check_value(argument, value, defaults[argument])
         full[argument] = tuple(value) if isinstance(value, list) else value
     if full['lr'] is ...: raise ValueError(f"{name} needs lr, it has no default")
-    if full.get('nesterov') and (not full['momentum'] or full['dampening']):
-        raise ValueError(
-            f"nesterov needs a momentum > 0 and dampening 0, got "
-            f"momentum={full['momentum']} and dampening={full['dampening']}")
+    if full.get('nesterov'):
+        check_nesterov(full['nesterov'], full['momentum'], full['dampening'])
     return full

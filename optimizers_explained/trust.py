@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from . import core
 from .adam import adam
-from .composer import check_nesterov
+from .checks import check_nesterov
 from .core import Betas, Params, StepOptimizer, flip, l2, sgd
 
 # %% ../nbs/15_trust.ipynb #29d935b7

@@ -255,20 +255,20 @@ class Refused(NamedTuple):
 
 
 REFUSED = [
-    Refused(DecoupledSGDW, dict(lr=-1), 'lr must be a number >= 0, got -1'),
+    Refused(DecoupledSGDW, dict(lr=-1), 'lr must be a finite number >= 0, got -1'),
     Refused(DecoupledSGDW, dict(lr=0.1, momentum=math.nan),
-            'momentum must be a number >= 0, got nan'),
+            'momentum must be a finite number >= 0, got nan'),
     Refused(DecoupledSGDW, dict(lr=0.1, nesterov=True),
             'nesterov needs a momentum > 0'),
     Refused(DecoupledSGDW, dict(lr=0.1, momentum=0.9, dampening=0.1, nesterov=True),
             'dampening=0.1'),
     Refused(DecoupledSGDW, dict(lr=0.1), of_group=dict(weight_decay=-1.),
-            message='weight_decay must be a number >= 0, got -1.0'),
+            message='weight_decay must be a finite number >= 0, got -1.0'),
     Refused(DecoupledSGDW, dict(lr=0.1), of_group=dict(momentum=-1.),
-            message='momentum must be a number >= 0, got -1.0'),
+            message='momentum must be a finite number >= 0, got -1.0'),
     Refused(DecoupledAdamW, dict(betas=(0.9, 1.)),
             r'betas must be two numbers in \[0, 1\)'),
-    Refused(DecoupledAdamW, dict(eps=-1.), 'eps must be a number >= 0, got -1.0')]
+    Refused(DecoupledAdamW, dict(eps=-1.), 'eps must be a finite number >= 0, got -1.0')]
 
 
 @pytest.mark.parametrize('case', REFUSED)
@@ -280,11 +280,11 @@ def test_bad_input(case):
 
 BAD_HYPERS = [
     (dict(lr=math.inf), ValueError, 'lr must be a finite number >= 0, got inf'),
-    (dict(lr=math.nan), ValueError, 'lr must be a number >= 0, got nan'),
-    (dict(lr='0.1'), TypeError, "lr must be a number >= 0, got '0.1'"),
-    (dict(lr=None), TypeError, 'lr must be a number >= 0, got None'),
-    (dict(lr=torch.ones(2)), ValueError, 'lr must be one number, got a tensor of'),
-    (dict(lr=torch.tensor(-1.)), ValueError, 'lr must be a number >= 0'),
+    (dict(lr=math.nan), ValueError, 'lr must be a finite number >= 0, got nan'),
+    (dict(lr='0.1'), TypeError, "lr must be a number >= 0, or a tensor of one, got '0.1'"),
+    (dict(lr=None), TypeError, 'lr must be a number >= 0, or a tensor of one, got None'),
+    (dict(lr=torch.ones(2)), TypeError, 'lr must be a number >= 0, or a tensor of one'),
+    (dict(lr=torch.tensor(-1.)), ValueError, 'lr must be a finite number >= 0'),
     (dict(weight_decay=math.inf), ValueError, 'weight_decay must be a finite number')]
 
 

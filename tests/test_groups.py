@@ -75,10 +75,10 @@ BAD_RATES = [
     (slice(0., 0.1), 'between numbers > 0'),
     (slice(-0.1, 0.1), 'between numbers > 0'),
     (slice(0.1, 0.), 'between numbers > 0'),
-    (-0.1, 'lr must be a number >= 0, got -0.1'),
-    (slice(-0.1), 'lr must be a number >= 0'),
-    (float('nan'), 'lr must be a number >= 0, got nan'),
-    ([0.1, 0.1, -1, 0.1], 'lr must be a number >= 0, got -1')]
+    (-0.1, 'lr must be a finite number >= 0, got -0.1'),
+    (slice(-0.1), 'lr must be a finite number >= 0'),
+    (float('nan'), 'lr must be a finite number >= 0, got nan'),
+    ([0.1, 0.1, -1, 0.1], 'lr must be a finite number >= 0, got -1')]
 
 
 @pytest.mark.parametrize('lr, message', BAD_RATES)

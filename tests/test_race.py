@@ -45,8 +45,8 @@ def test_a_wrong_translation_exits_1(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('args,message', [
     (['--device', 'gpu'], "device must be one of cpu"),
     (['--device', 'cuda:99'], "got 'cuda:99'"),
-    (['--lr', '-0.1'], 'lr must be a number >= 0, got -0.1'),
-    (['--lr', 'nan'], 'lr must be a number >= 0, got nan'),
+    (['--lr', '-0.1'], 'lr must be a finite number >= 0, got -0.1'),
+    (['--lr', 'nan'], 'lr must be a finite number >= 0, got nan'),
     (['--lr', 'fast'], "argument --lr: invalid float value: 'fast'"),
     (['--momentum', '1'], 'momentum must be below 1, got 1.0'),
     (['--weight-decay', '10'], 'lr*weight_decay must be below 1'),
