@@ -242,8 +242,9 @@ def follows_every_scheduler(make): # makes the optimizer
     def torchs(ps): return torch.optim.SGD(ps, lr=lr, momentum=0.9)
     for name, schedule in SCHEDULERS.items():
         ps, hypers = _under(schedule, make)
-        _, wanted = _under(schedule, torchs)
-        rates, torchs_rates = [[h['lr'] for h in hs] for hs in (hypers, wanted)]
+        _, torchs_hypers = _under(schedule, torchs)
+        rates = [h['lr'] for h in hypers]
+        torchs_rates = [h['lr'] for h in torchs_hypers]
         assert rates == torchs_rates, (
             f"{name}: the rates are {rates}, in torch.optim.SGD {torchs_rates}")
         agree(ps, _by_hand(hypers, make), f"{name}, and the same values set by hand")
