@@ -18,10 +18,10 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/manners.html.m
 
 # %% auto #0
 __all__ = ['CHANGED', 'ROWS', 'leaves_gradients_alone', 'skips_missing_gradients', 'lets_frozen_parameters_rest', 'rests_at_lr_0',
-           'treats_each_parameter_alone', 'changed', 'keeps_groups_apart', 'takes_new_groups', 'takes_empty_groups',
-           'frees_what_was_replaced', 'leaves_flags_alone', 'steps_tied_weights_once', 'follows_every_scheduler',
-           'takes_a_tensor_as_lr', 'runs_closures', 'clears_gradients', 'obeys_the_grad_scaler',
-           'takes_accumulated_and_clipped_gradients', 'runs_compiled']
+           'treats_each_parameter_alone', 'other_values', 'keeps_groups_apart', 'takes_new_groups',
+           'takes_empty_groups', 'frees_what_was_replaced', 'leaves_flags_alone', 'steps_tied_weights_once',
+           'follows_every_scheduler', 'takes_a_tensor_as_lr', 'runs_closures', 'clears_gradients',
+           'obeys_the_grad_scaler', 'takes_accumulated_and_clipped_gradients', 'runs_compiled']
 
 # %% ../nbs/13b_manners.ipynb #e0ec3b41
 import copy
@@ -95,7 +95,7 @@ def treats_each_parameter_alone(make): # makes the optimizer
     agree(ps, qs, "together and alone")
 
 # %% ../nbs/13b_manners.ipynb #9ac9bbbb
-CHANGED = dict( # another value of each; of a tuple, another value of each number
+CHANGED = dict( # other values; of a tuple, of each of its numbers
     lr=lambda v: v/3,
     momentum=lambda v: v/2 or 0.5,
     weight_decay=lambda v: v/2 + 0.01,
@@ -103,25 +103,27 @@ CHANGED = dict( # another value of each; of a tuple, another value of each numbe
     eps=lambda v: 10*v,
     trust_coeff=lambda v: v/2)
 
-def changed(
+def other_values(
     defaults:dict, # hyperparameters
 ) -> dict: # another value for those in `CHANGED`, and for every tuple of numbers
     "Values for a group that is to train in another way."
     others = {}
     for name, value in defaults.items():
+        change = CHANGED.get(name)
         if isinstance(value, (tuple, list)):
-            if name in CHANGED: others[name] = tuple(map(CHANGED[name], value))
-            elif _are_numbers(value): others[name] = tuple(0.9*v for v in value)
-        elif name in CHANGED: others[name] = CHANGED[name](value)
+            if change is None and _are_numbers(value): change = _slightly_less
+            if change: others[name] = tuple(map(change, value))
+        elif change: others[name] = change(value)
     return others
 
 def _are_numbers(values): return all(type(v) in (int, float) for v in values)
+def _slightly_less(v): return 0.9*v
 
 def keeps_groups_apart(make): # makes the optimizer
     """Each group trains by its own lr, momentum, weight decay, betas, eps
     and trust coefficient, and by any tuple of numbers of its own."""
     opt, (_, unchanged) = trained(make)
-    for name, value in changed(opt.defaults).items():
+    for name, value in other_values(opt.defaults).items():
         (a, b), (c, d) = leaves(), leaves()
         train(make([{'params': [a]}, {'params': [b], name: value}]), [a, b])
         train(make([c]), [c])
@@ -181,7 +183,7 @@ def frees_what_was_replaced(make): # makes the optimizer
     opt.state.pop(old, None)
     del old, tensors
     train(opt, [new, other], range(5, 8))
-    if any(ref() is not None for ref in held): gc.collect()    # held in a circle
+    if any(ref() is not None for ref in held): gc.collect()    # a circle
     alive = [ref for ref in held if ref() is not None]
     assert not alive, (
         f"{len(alive)} of {len(held)} tensors of a parameter that was replaced "

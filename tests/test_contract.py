@@ -330,10 +330,11 @@ class FirstFactors(StepOptimizer):
 
 
 def test_any_tuple_of_numbers_is_changed():
-    changed = manners.changed(dict(betas=(0.98, 0.92, 0.99), factors=(0.5, 0.8, 0.9)))
-    assert changed == dict(betas=(0.49, 0.46, 0.495), factors=(0.45, 0.9*0.8, 0.81))
+    tuples = dict(betas=(0.98, 0.92, 0.99), factors=(0.5, 0.8, 0.9))
+    wanted = dict(betas=(0.49, 0.46, 0.495), factors=(0.45, 0.9*0.8, 0.81))
+    assert manners.other_values(tuples) == wanted
     others = dict(names=('a', 'b'), on=(True, False), eps=1.)
-    assert manners.changed(others) == dict(eps=10.)
+    assert manners.other_values(others) == dict(eps=10.)
     steps = dict(steps=[averages, sgd], lr=LR)
     manners.keeps_groups_apart(partial(StepOptimizer, **steps))
     with pytest.raises(AssertionError, match='a group with factors='):
