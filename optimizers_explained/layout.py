@@ -328,7 +328,7 @@ class Layout:
         self.states = [Survey(n, ndim, form) for _ in columns[1:]]
         self.gradients = Survey(n, ndim, form)
         self.apart_from = None           # `Spans` that the gradients did not meet
-        for survey, column in zip(self.written, columns):
+        for survey, column in zip(self._written(), columns):
             self._compare(columns[0], column, survey.look(column))
             self._check_addresses(survey)
 
@@ -342,15 +342,13 @@ class Layout:
         self.waves = _waves(self.sizes, chunk)
         self.uploaded = None                      # the same numbers on a GPU
 
-    @property
-    def written(self) -> list:
-        "The surveys of what a kernel writes: of the parameters, and of each state."
+    def _written(self): # surveys of what a kernel writes
         return [self.params, *self.states]
 
     @property
     def pointers(self) -> list:
         "The addresses of what a kernel writes: of the parameters, and of each state."
-        return [survey.addresses for survey in self.written]
+        return [survey.addresses for survey in self._written()]
 
     def _compare(self, params, tensors, found):
         if found & DIFFERS:
@@ -373,13 +371,13 @@ class Layout:
         columns, # as when it was made
     ) -> bool:
         "Whether tensors are at the addresses that were checked, and of the same form."
-        surveys = self.written
+        surveys = self._written()
         found = [survey.look(column) for survey, column in zip(surveys, columns)]
         return len(columns) == len(surveys) and not any(found)
 
     def spans(self) -> list: # pairs of addresses
         "The memory that a kernel writes."
-        return [pair for survey in self.written for pair in self._spans_of(survey)]
+        return [pair for survey in self._written() for pair in self._spans_of(survey)]
 
     def _spans_of(self, survey):
         item = self.item

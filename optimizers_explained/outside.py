@@ -333,7 +333,9 @@ class Reading:
     # ---- code
     def _learn(self, value):
         if id(value) in self.code: return
-        if len(self.code) >= FUNCTIONS: return self._give_up('it is too long')
+        if len(self.code) >= FUNCTIONS:
+            self._give_up('it is too long')
+            return
         self.code[id(value)] = value
         is_function = isinstance(value, FunctionType)
         if is_function and not _by_library(value): self._follow(value)

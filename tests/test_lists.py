@@ -422,7 +422,9 @@ def sets_global(p, g, state):
 def logs(p, g, state): LOG.append(1)
 def counts(p, g, state): NESTED['n'] = NESTED.get('n', 0) + 1
 def passes_on(p, g, state): add_to(LOG)
-def add_to(log): log += [1]; log[0] = 1
+def add_to(log):
+    log += [1]
+    log[0] = 1
 def changes_tensor(p, g, state): TENSOR.mul_(1)
 def sets_attribute(p, g, state): p.seen = True
 def sets_object(p, g, state): CONFIG.momentum = 0.9
