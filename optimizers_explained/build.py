@@ -3,8 +3,8 @@
 ```python
 from optimizers_explained.build import KERNELS, cache_dir, compiler
 
-cache_dir()                 # where kernels are kept; OPTIMIZERS_EXPLAINED_CACHE moves it
-len(KERNELS)                # how many this process has loaded
+cache_dir()             # where kernels are kept; OPTIMIZERS_EXPLAINED_CACHE moves it
+len(KERNELS)            # how many this process has loaded
 ```
 
 Docs: https://optimizers-explained.github.io/optimizers_explained/build.html.md"""
@@ -103,6 +103,7 @@ def cache_dir() -> Path: # `Unfusable` if there is none that is yours alone
 
 # %% ../nbs/10d_build.ipynb #c0b1e003
 HUNG = {} # by compiler and limit: the sentence about one that was not done in time
+_LONGEST = 2**24 # bytes that a program may print
 
 class Outcome(NamedTuple):
     "What a program did."
@@ -126,8 +127,8 @@ def _watch(process, name, limit, files):
         if time.monotonic() > end:
             raise Unfusable(f'{name} is not done after {limit:g} seconds, '
                             'the limit that OPTIMIZERS_EXPLAINED_TIMEOUT sets')
-        if sum(os.fstat(f.fileno()).st_size for f in files) > 2**24:
-            raise Unfusable(f'{name} prints without end')
+        printed = sum(os.fstat(file.fileno()).st_size for file in files)
+        if printed > _LONGEST: raise Unfusable(f'{name} prints without end')
         time.sleep(0.001)
 
 def _kill(process):
@@ -184,12 +185,15 @@ def compiler(
     command = _command((wanted or '').strip(), path)
     return Compiler(command, run(command, '--version').out + processor())
 
-def _command(wanted, path):
-    try: whole, words = [wanted], shlex.split(wanted)
+def _commands(wanted): # in the order in which they are looked for
+    if not wanted: return ['g++'], ['c++'], ['clang++']
+    try: return [wanted], shlex.split(wanted)     # the name may have spaces in it
     except ValueError as e: raise Unfusable(f'CXX is {wanted!r}: {e}') from e
-    for call in [whole, words] if wanted else [['g++'], ['c++'], ['clang++']]:
-        found = shutil.which(call[0], path=path)
-        if found: return os.path.abspath(found), *call[1:]
+
+def _command(wanted, path):
+    for program, *arguments in _commands(wanted):
+        found = shutil.which(program, path=path)
+        if found: return os.path.abspath(found), *arguments
     if wanted: raise Unfusable(f'CXX is {wanted!r}, and there is no such program')
     raise Unfusable('there is no C++ compiler: install g++, or set CXX to yours')
 
@@ -297,7 +301,8 @@ def _tries():
     openmp, native = '-fopenmp', '-march=native'
     for without in (), (openmp,), (native,), (openmp, native):
         flags = [flag for flag in FLAGS if flag not in without]
-        yield [*flags, '-fopenmp-simd'] if openmp in without else flags
+        if openmp in without: flags.append('-fopenmp-simd')
+        yield flags
 
 def _is_whole(content):
     "Whether a library has its end. An ELF file ends with its table of sections."
@@ -305,8 +310,8 @@ def _is_whole(content):
     wide = content[4:5] == b'\2'                                   # 64 bits
     order = 'big' if content[5:6] == b'\2' else 'little'
     def number(at, size): return int.from_bytes(content[at:at + size], order)
-    start = number(40, 8) if wide else number(32, 4)
-    size, count = (number(at, 2) for at in ((58, 60) if wide else (46, 48)))
+    if wide: start, size, count = number(40, 8), number(58, 2), number(60, 2)
+    else:    start, size, count = number(32, 4), number(46, 2), number(48, 2)
     return len(content) >= max(64, start + size*count)
 
 def _open(path, kind=ctypes.CDLL):
@@ -402,6 +407,9 @@ def threads() -> int:
     return 1 if FORKED else torch.get_num_threads()
 
 # %% ../nbs/10d_build.ipynb #7b29f253
+def _zeros(n): return array('d', bytes(8*n))
+def _address(numbers): return ctypes.c_void_p(numbers.buffer_info()[0])
+
 class CppKernel:
     "A recording as machine code for the CPU."
     chunk = CHUNK
@@ -419,15 +427,28 @@ class CppKernel:
         coefs, # the numbers of this step
     ):
         "Step all tensors of a bucket."
-        def zeros(rows): return array('d', bytes(8*self.sums*rows))
-        def address(a): return ctypes.c_void_p(a.buffer_info()[0])
-        table = array('q', [p.buffer_info()[0] for p in pointers])
         chunks, tensors = len(layout.tensor), len(layout.sizes)
-        coefs, part, totals = array('d', coefs), zeros(chunks), zeros(tensors)
-        every = table, layout.sizes, layout.tensor, layout.first, coefs, part, totals
-        addresses, n = list(map(address, every)), ctypes.c_int64(threads())
-        for starts in layout.waves if self.sums else [array('q', [0, chunks])]:
-            self.run(*addresses, address(starts), ctypes.c_int64(len(starts) - 1), n)
+        table = array('q', [addresses.buffer_info()[0] for addresses in pointers])
+        part, totals = _zeros(self.sums*chunks), _zeros(self.sums*tensors)
+        arrays = (table, layout.sizes, layout.tensor, layout.first,
+                  array('d', coefs), part, totals)
+        arguments = [_address(a) for a in arrays]
+        waves = layout.waves if self.sums else [array('q', [0, chunks])]
+        n_threads = ctypes.c_int64(threads())
+        for starts in waves:
+            count = ctypes.c_int64(len(starts) - 1)
+            self.run(*arguments, _address(starts), count, n_threads)
+
+class _Uploaded(NamedTuple):
+    "The numbers of a layout, on a GPU."
+    sizes:torch.Tensor
+    tensor:torch.Tensor
+    first:torch.Tensor
+    chunks:torch.Tensor
+
+def _upload(numbers, device, dtype=torch.int64): # without waiting for the device
+    there = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == 'cuda')
+    return there.to(device, non_blocking=True)
 
 class TritonKernel:
     "A recording as functions for the GPU. Nothing here waits for the device."
@@ -437,20 +458,32 @@ class TritonKernel:
         dtype, # of the parameters
     ):
         writer = Triton(recording, dtype)
-        self.source, self.sums, self.dtype = writer.source(), [len(ph.sums) for ph in writer.phases], getattr(torch, writer.type['T'])
+        self.source = writer.source()
+        self.sums = [len(phase.sums) for phase in writer.phases]   # of each phase
+        self.dtype = getattr(torch, writer.type['T'])
         self.functions = load_triton(self.source, len(self.sums))
 
     def __call__(self,
         pointers, # for each tensor argument an array of addresses
-        layout, # with `sizes`, `chunks` of each tensor, `tensor` and `first` for each chunk, and the `device`
+        layout, # as for `CppKernel`, and with `chunks` of each tensor and the `device`
         coefs, # the numbers of this step
     ):
         "Step all tensors of a bucket."
-        def up(xs, dtype=torch.int64): return torch.tensor(xs, dtype=dtype, pin_memory=layout.device.type == 'cuda').to(layout.device, non_blocking=True)
-        if layout.uploaded is None: layout.uploaded = list(map(up, (layout.sizes, layout.tensor, layout.first, layout.chunks)))
-        sizes, tensor, first, chunks = layout.uploaded
-        part, totals = (torch.zeros(n, sum(self.sums), dtype=self.dtype, device=layout.device) for n in (len(tensor), len(sizes)))
-        args, coefs = up(list(map(list, pointers))), up(coefs, torch.float64)
+        device, chunks, tensors = layout.device, len(layout.tensor), len(layout.sizes)
+        def zeros(n):
+            return torch.zeros(n, sum(self.sums), dtype=self.dtype, device=device)
+        if layout.uploaded is None:
+            layout.uploaded = _Uploaded(
+                _upload(layout.sizes, device), _upload(layout.tensor, device),
+                _upload(layout.first, device), _upload(layout.chunks, device))
+        there, part, totals = layout.uploaded, zeros(chunks), zeros(tensors)
+        addresses = _upload([list(p) for p in pointers], device)
+        coefs = _upload(coefs, device, torch.float64)
         for function, sums in zip(self.functions, self.sums):
-            if len(tensor): function[(len(tensor),)](args, len(sizes), sizes, tensor, first, coefs, part, totals, BLOCK=BLOCK)
-            if sums: totals.copy_(torch.segment_reduce(part, 'sum', lengths=chunks, axis=0, initial=0))
+            if chunks:
+                function[(chunks,)](
+                    addresses, tensors, there.sizes, there.tensor, there.first,
+                    coefs, part, totals, BLOCK=BLOCK)
+            if sums:                                               # of all chunks
+                totals.copy_(torch.segment_reduce(
+                    part, 'sum', lengths=there.chunks, axis=0, initial=0))

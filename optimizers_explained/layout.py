@@ -20,10 +20,11 @@ __all__ = ['LOOK', 'PLAIN', 'MOVED', 'DIFFERS', 'FOREIGN', 'WAVE', 'local', 'Loo
 
 # %% ../nbs/10da_layout.ipynb #7e49bb13
 import ctypes
+import operator
 from array import array
 from bisect import bisect_left
 from functools import lru_cache
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -34,49 +35,93 @@ from .operations import Unfusable
 # %% ../nbs/10da_layout.ipynb #f809208a
 LOOK = r'''
 #include <cstdint>
-struct Tensor {                                     // DLTensor in dlpack.h
-  char* data; int32_t device, index, ndim; uint8_t code, bits; uint16_t lanes;
-  int64_t *shape, *strides; uint64_t offset;
-};
-struct Object { int64_t references; void* type; };  // how an object of CPython begins
-enum { MOVED = 1, DIFFERS = 2, FOREIGN = 4, AHEAD = 4 };
 
-extern "C" int look(int (*ask)(void*, Tensor*), Object* (*item)(void*, long), void* list, void** plain,
-                    long n, long ndim, char** near, int64_t* addresses, int64_t* form, bool first) {
-  int changed = 0;
-  auto compare = [&](int64_t& known, int64_t now, int what, bool learn) {
-    if (known != now) { changed |= what; if (learn) known = now; }
+struct Tensor {                            // DLTensor in dlpack.h
+  char* data;
+  int32_t device, index, ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;
+  uint64_t offset;
+};
+
+struct Object {                            // how an object of CPython begins
+  int64_t references;
+  void* type;
+};
+
+enum { MOVED = 1, DIFFERS = 2, FOREIGN = 4 };
+
+const long AHEAD = 4;                      // so many tensors ahead is memory fetched
+const long LINE = 64;                      // bytes that come from memory at once
+
+static void prefetch(void* place) {        // its line, and those before and behind it
+  for (long line = -LINE; line <= LINE; line += LINE)
+    __builtin_prefetch((char*)place + line);
+}
+
+static int64_t kind(const Tensor& t) {     // dimensions, device and dtype in a number
+  int64_t packed = t.ndim;
+  packed = packed*256 + t.device;
+  packed = packed*256 + t.index;
+  packed = packed*256 + t.code;
+  return packed*256 + t.bits;
+}
+
+extern "C" int look(
+    int (*ask)(void*, Tensor*),            // DLPack's function for one tensor
+    Object* (*item)(void*, long),          // CPython's function for an item of a list
+    void* list,
+    void** plain,                          // the two types of tensor that are asked
+    long n, long ndim,                     // tensors, and dimensions of each
+    char** near,                           // where torch keeps the shapes
+    int64_t* addresses,                    // at the last look
+    int64_t* form,                         // to compare with; on the first look empty
+    bool first) {
+  int found = 0;
+  auto compare_form = [&](int64_t now) {
+    if (*form != now) {
+      found |= DIFFERS;
+      if (first) *form = now;
+    }
+    form++;
   };
   for (long i = 0; i < n; i++) {
-    if (i + AHEAD < n) for (long line = -64; line <= 64; line += 64) {
-      __builtin_prefetch((char*)item(list, i + AHEAD) + line);
-      __builtin_prefetch(near[i + AHEAD] + line);   // around its shape of the last step: what torch keeps of a tensor
+    if (i + AHEAD < n) {
+      prefetch(item(list, i + AHEAD));
+      prefetch(near[i + AHEAD]);
     }
     Object* object = item(list, i);
-    if (object->type != plain[0] && object->type != plain[1]) return changed | FOREIGN;
+    if (object->type != plain[0] && object->type != plain[1]) return found | FOREIGN;
     Tensor t;
-    if (ask(object, &t)) return -1;
+    if (ask(object, &t)) return -1;        // an exception is set
     near[i] = (char*)t.shape;
-    compare(addresses[i], (int64_t)(t.data + t.offset), MOVED, true);
-    compare(*form++, ((((int64_t)t.ndim*256 + t.device)*256 + t.index)*256 + t.code)*256 + t.bits, DIFFERS, first);
+    int64_t address = (int64_t)(t.data + t.offset);
+    if (addresses[i] != address) {
+      found |= MOVED;
+      addresses[i] = address;
+    }
+    compare_form(kind(t));
     for (long k = 0; k < ndim; k++) {
-      const bool known = k < t.ndim;
-      compare(*form++, known ? t.shape[k] : 0, DIFFERS, first);
-      compare(*form++, known && t.shape[k] != 1 ? t.strides[k] : 0, DIFFERS, first);
+      int64_t size = k < t.ndim ? t.shape[k] : 0;
+      bool has_stride = k < t.ndim && size != 1;
+      compare_form(size);
+      compare_form(has_stride ? t.strides[k] : 0);
     }
   }
-  return changed;
+  return found;
 }
 '''
 
 # %% ../nbs/10da_layout.ipynb #bc8d1445
-PLAIN = Tensor, torch.nn.Parameter # types of tensor whose memory holds their elements, and nothing else
+PLAIN = Tensor, torch.nn.Parameter # types whose memory holds their elements, no more
 
 def local(
     tensors, # all alike
 ) -> list:
     "Of DTensors, the shards that this process holds; other tensors are their own."
-    return [t.to_local() for t in tensors] if hasattr(tensors[0], 'to_local') else tensors
+    if not hasattr(tensors[0], 'to_local'): return tensors
+    return [t.to_local() for t in tensors]
 
 class Looker(NamedTuple):
     "Functions in C that ask a whole list of tensors."
@@ -84,62 +129,82 @@ class Looker(NamedTuple):
     item:ctypes.c_void_p # CPython's function for an item of a list
     look:object # `LOOK`
 
+_CAPSULE = b'dlpack_exchange_api' # the name of what holds the address of DLPack's table
+_VERSION, _ASK = 0, 40 # bytes of the table before its version, and before `ask`
+
 @lru_cache
 def looker(): # a `Looker`, or `None`
     "What asks a whole list, if torch, Python and a compiler allow it."
-    begins = ctypes.c_void_p.from_address(id(PLAIN) + 8).value == id(tuple)      # as `LOOK` expects of an object
-    if not begins: return None
+    type_of_plain = ctypes.c_void_p.from_address(id(PLAIN) + 8).value
+    if type_of_plain != id(tuple): return None    # an object begins in another way
+    signature = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
     try:
-        pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(('PyCapsule_GetPointer', ctypes.pythonapi))
-        table = pointer(Tensor.__dlpack_c_exchange_api__, b'dlpack_exchange_api')
-        version, ask = ctypes.c_uint32.from_address(table).value, ctypes.c_void_p.from_address(table + 40)
+        address_in = signature(('PyCapsule_GetPointer', ctypes.pythonapi))
+        table = address_in(Tensor.__dlpack_c_exchange_api__, _CAPSULE)
+        version = ctypes.c_uint32.from_address(table + _VERSION).value
+        ask = ctypes.c_void_p.from_address(table + _ASK)
         if version != 1 or not ask: return None
         item = ctypes.cast(ctypes.pythonapi.PyList_GetItem, ctypes.c_void_p)
         return Looker(ask, item, load(LOOK, 'look', ctypes.PyDLL))
     except (AttributeError, ValueError, OSError, Unfusable): return None
 
-def _strides(t): return tuple((s, n) for s, n in zip(t.stride(), t.shape) if n != 1)
-def _start(a): return ctypes.c_void_p(a.buffer_info()[0])
+def _strides(t): # pairs of a stride and a size; where the size is 1, no stride counts
+    return tuple((s, n) for s, n in zip(t.stride(), t.shape) if n != 1)
+
+def _zeros(n): return array('q', bytes(8*n))
+def _start(numbers): return ctypes.c_void_p(numbers.buffer_info()[0])
 
 # %% ../nbs/10da_layout.ipynb #e649fdc9
 MOVED, DIFFERS, FOREIGN = 1, 2, 4 # what a `Survey` finds; several are added up
 
 class Survey:
-    "Where the tensors of a list are, and their form: dtype, device, shape and strides. It keeps numbers, no tensor."
+    """Where the tensors of a list are, and their form. It keeps numbers, no tensor.
+
+    The form is made of dtype, device, shape and strides."""
     def __init__(self,
         n:int, # tensors
         ndim:int, # dimensions of each
         form=None, # to compare with; by default that of the first look
     ):
         self.ndim, self.form = ndim, form
-        self.addresses, self.near = array('q', bytes(8*n)), array('q', bytes(8*n))
+        self.addresses = _zeros(n)
+        self.near = _zeros(n)                     # where torch keeps the shapes
         self.plain = array('q', map(id, PLAIN))
 
     def look(self,
         tensors, # a list of `n` of them
-    ) -> int: # `MOVED` if an address has changed since the last look, `DIFFERS` if a form is not what it should be, `FOREIGN` if one is no plain tensor
-        "Ask all tensors; a `ValueError` if they are more or fewer than `n`."
-        if len(tensors) != len(self.addresses):
-            raise ValueError(f'tensors must be a list of {len(self.addresses)}, got {len(tensors)}')
-        tensors = local(tensors)
-        return self._in_cpp(tensors, looker()) if looker() else self._in_python(tensors)
+    ) -> int: # 0, or a sum of `MOVED`, `DIFFERS` and `FOREIGN`
+        """Ask all tensors; a `ValueError` if they are more or fewer than `n`.
 
-    def _in_cpp(self, tensors, to):
-        first = self.form is None
-        if first: self.form = array('q', bytes(8*len(tensors)*(1 + 2*self.ndim)))
-        arrays = map(_start, (self.near, self.addresses, self.form))
-        numbers = ctypes.c_long(len(tensors)), ctypes.c_long(self.ndim)
-        try: return to.look(to.ask, to.item, ctypes.py_object(tensors), _start(self.plain), *numbers, *arrays, ctypes.c_bool(first))
+        `MOVED`: an address has changed since the last look. `DIFFERS`: a form is not
+        what it should be. `FOREIGN`: one is no plain tensor."""
+        n = len(self.addresses)
+        if len(tensors) != n:
+            raise ValueError(f'tensors must be a list of {n}, got {len(tensors)}')
+        tensors, in_c = local(tensors), looker()
+        return self._in_cpp(tensors, in_c) if in_c else self._in_python(tensors)
+
+    def _in_cpp(self, tensors, in_c):
+        n, first = len(tensors), self.form is None
+        if first: self.form = _zeros(n*(1 + 2*self.ndim))
+        try:
+            return in_c.look(
+                in_c.ask, in_c.item, ctypes.py_object(tensors), _start(self.plain),
+                ctypes.c_long(n), ctypes.c_long(self.ndim), _start(self.near),
+                _start(self.addresses), _start(self.form), ctypes.c_bool(first))
         except (BufferError, RuntimeError) as e:
             raise Unfusable(f'a tensor does not tell its address ({e})') from e
 
     def _in_python(self, tensors):
         if not set(map(type, tensors)) <= set(PLAIN): return FOREIGN
-        before, self.addresses = self.addresses, array('q', list(map(Tensor.data_ptr, tensors)))
+        addresses = array('q', list(map(Tensor.data_ptr, tensors)))
         form = [(t.dtype, t.device, t.shape, _strides(t)) for t in tensors]
         if self.form is None: self.form = form
-        moved, differs = before != self.addresses, form != self.form
-        return (MOVED if moved else 0) | (DIFFERS if differs else 0)
+        found = 0
+        if addresses != self.addresses: found |= MOVED
+        if form != self.form: found |= DIFFERS
+        self.addresses = addresses
+        return found
 
 # %% ../nbs/10da_layout.ipynb #b3ffc000
 def span(
@@ -156,21 +221,24 @@ class Spans:
     def __init__(self,
         spans, # pairs of addresses: of the first byte, and behind the last one
     ):
-        spans = sorted(s for s in spans if s[0] < s[1])
-        self.overlap = any(end > start for (_, end), (start, _) in pairwise(spans))
-        self.starts, self.ends = [start for start, _ in spans], [end for _, end in spans]
+        self.starts, self.ends = [], []
+        for start, end in sorted(spans):
+            if start >= end: continue                            # nothing is in there
+            self.starts.append(start)
+            self.ends.append(end)
+        self.overlap = any(map(operator.gt, self.ends, self.starts[1:]))
 
     def meets(self,
         spans, # pairs of addresses
     ) -> bool:
         "Whether one of `spans` overlaps one of these, which do not overlap each other."
         for start, end in spans:
-            before = bisect_left(self.starts, end)               # those that start before it ends
+            before = bisect_left(self.starts, end)        # so many start before `end`
             if start < end and before and self.ends[before - 1] > start: return True
         return False
 
 # %% ../nbs/10da_layout.ipynb #c5a7e021
-WAVE = 2**16 # elements that a thread takes through all phases of a kernel, one phase after the other
+WAVE = 2**16 # elements that a thread takes through all phases, one after the other
 
 def is_dense(
     t:Tensor, # any
@@ -185,94 +253,152 @@ def is_dense(
 def check_plain(
     tensors, # of one list
 ):
-    "Raise `Unfusable` if what lies in memory is not what a tensor says its elements are."
-    if others := set(map(type, tensors)) - set(PLAIN):
-        raise Unfusable(f'a tensor is a {others.pop().__name__}, whose elements no kernel can find')
+    "Raise `Unfusable` if memory does not hold what a tensor says its elements are."
+    others = set(map(type, tensors)) - set(PLAIN)
+    if others:
+        name = others.pop().__name__
+        raise Unfusable(f'a tensor is a {name}, whose elements no kernel can find')
     check_signs(tensors)
 
 def check_signs(
     tensors, # of one list
 ):
-    "Raise `Unfusable` for a tensor that torch negates when it is read, as autograd makes one for an imaginary part."
-    if any(map(Tensor.is_neg, tensors)):
-        raise Unfusable('a tensor has the negative bit: its memory holds -x, and resolve_neg() gives x')
+    """Raise `Unfusable` for a tensor that torch negates when it is read.
 
-def _waves(sizes, chunk): # arrays of chunks: where waves start, and the last one ends. An array of two is for all threads together
-    wide, at, runs = sum(sizes)//(8*torch.get_num_threads()), 0, []
-    for is_wide, group in groupby(sizes, lambda size: size > wide):
+    Autograd makes one for an imaginary part."""
+    if any(map(Tensor.is_neg, tensors)):
+        raise Unfusable('a tensor has the negative bit: its memory holds -x, '
+                        'and resolve_neg() gives x')
+
+def _waves(sizes, chunk):
+    """Where waves of chunks start, and the last one ends: an array for each run of
+    large tensors, or of others.
+
+    A wave belongs to one thread. One that is alone in its array, as for large tensors,
+    is for all threads together."""
+    large = sum(sizes)//(8*torch.get_num_threads())
+    runs, at = [], 0
+    for is_large, group in groupby(sizes, lambda size: size > large):
         starts, left = [at], WAVE
         for size in group:
-            at, left = at - -size//chunk, left - size
-            if left <= 0 and not is_wide: starts, left = [*starts, at], WAVE
-        runs.append(array('q', starts if starts[-1] == at else [*starts, at]))
+            at += _ceil(size, chunk)
+            left -= size
+            if left <= 0 and not is_large:
+                starts.append(at)
+                left = WAVE
+        if starts[-1] != at: starts.append(at)
+        runs.append(array('q', starts))
     return runs
 
+def _ceil(n, size): return -(-n//size) # how many of `size` hold n
+
+def _difference(tensors, params): # of their forms
+    for name in 'shape', 'dtype', 'device':
+        for t, p in zip(tensors, params):
+            if getattr(t, name) != getattr(p, name): return name
+    return 'memory layout'
+
 class Layout:
-    "Where the elements of a bucket are, and how they are shared out: asked at each step, so that a kernel can trust it."
+    """Where the elements of a bucket are, and how they are shared out.
+
+    It is asked at each step, so that a kernel can trust it."""
     def __init__(self,
-        columns, # a list of tensors for each argument but the gradients, the parameters first
+        columns, # lists of tensors: the parameters, then a list for each state
         chunk:int, # elements that are taken at a time
     ):
         for column in columns: check_plain(local(column))
-        ps = local(columns[0])
-        like, n = ps[0], len(ps)
-        if any((p.dtype, p.device, p.ndim) != (like.dtype, like.device, like.ndim) for p in ps):
-            raise Unfusable('parameters of one kernel differ in their dtype, device or dimensions')
-        if not all(map(is_dense, ps)): raise Unfusable('a parameter has gaps in memory')
-        self.device, self.placements = like.device, getattr(columns[0][0], 'placements', None)
-        self.sizes, self.item = array('q', [p.numel() for p in ps]), like.element_size()
-        first = Survey(n, like.ndim)
-        first.look(columns[0])
-        self.surveys = [first, *(Survey(n, like.ndim, first.form) for _ in columns[1:])]
-        self.gradients, self.apart_from = Survey(n, like.ndim, first.form), None
-        for survey, column in zip(self.surveys, columns):
+        params = local(columns[0])
+        like, n = params[0], len(params)
+        for p in params:
+            if (p.dtype, p.device, p.ndim) != (like.dtype, like.device, like.ndim):
+                raise Unfusable('parameters of one kernel differ in their dtype, '
+                                'device or dimensions')
+        if not all(map(is_dense, params)):
+            raise Unfusable('a parameter has gaps in memory')
+        self.device, self.item = like.device, like.element_size()
+        self.placements = getattr(columns[0][0], 'placements', None)     # of shards
+        self.sizes = array('q', [p.numel() for p in params])
+        self._survey(columns, n, like.ndim)
+        self._share_out(chunk)
+
+    def _survey(self, columns, n, ndim):
+        self.params = Survey(n, ndim)
+        self.params.look(columns[0])
+        form = self.params.form                   # of every state and gradient, too
+        self.states = [Survey(n, ndim, form) for _ in columns[1:]]
+        self.gradients = Survey(n, ndim, form)
+        self.apart_from = None           # `Spans` that the gradients did not meet
+        for survey, column in zip(self._written(), columns):
             self._compare(columns[0], column, survey.look(column))
             self._check_addresses(survey)
-        self.pointers, self.uploaded = [survey.addresses for survey in self.surveys], None
-        self.chunks, self.waves = array('q', [-(-n//chunk) for n in self.sizes]), _waves(self.sizes, chunk)
-        self.tensor = array('q', [i for i, n in enumerate(self.chunks) for _ in range(n)])
-        self.first  = array('q', [k*chunk for n in self.chunks for k in range(n)])
+
+    def _share_out(self, chunk):
+        "Cut each tensor into chunks: of each, its tensor and its first element there."
+        self.chunks = array('q', [_ceil(size, chunk) for size in self.sizes])
+        self.tensor, self.first = array('q'), array('q')
+        for i, count in enumerate(self.chunks):
+            self.tensor.extend([i]*count)
+            self.first.extend(range(0, count*chunk, chunk))
+        self.waves = _waves(self.sizes, chunk)
+        self.uploaded = None                      # the same numbers on a GPU
+
+    def _written(self): # surveys of what a kernel writes
+        return [self.params, *self.states]
+
+    @property
+    def pointers(self) -> list:
+        "The addresses of what a kernel writes: of the parameters, and of each state."
+        return [survey.addresses for survey in self._written()]
 
     def _compare(self, params, tensors, found):
         if found & DIFFERS:
-            pairs = list(zip(local(tensors), local(params)))
-            what = next((name for name in ('shape', 'dtype', 'device')
-                         if any(getattr(t, name) != getattr(p, name) for t, p in pairs)), 'memory layout')
-            raise Unfusable(f'a gradient or a state has another {what} than its parameter')
-        if self.placements and any(getattr(t, 'placements', None) != self.placements for t in tensors):
-            raise Unfusable('a gradient or a state is sharded in another way than its parameter')
+            what = _difference(local(tensors), local(params))
+            raise Unfusable(f'a gradient or a state has another {what} '
+                            'than its parameter')
+        if not self.placements: return
+        for t in tensors:
+            if getattr(t, 'placements', None) != self.placements:
+                raise Unfusable('a gradient or a state is sharded in another way '
+                                'than its parameter')
 
-    def _check_addresses(self, survey): # only empty tensors may be nowhere
-        if 0 in survey.addresses and any(n and not a for n, a in zip(self.sizes, survey.addresses)):
-            raise Unfusable('a tensor has no memory of its own')
+    def _check_addresses(self, survey):
+        if 0 not in survey.addresses: return
+        for size, address in zip(self.sizes, survey.addresses):
+            if size and not address:             # only empty tensors may be nowhere
+                raise Unfusable('a tensor has no memory of its own')
 
     def fits(self,
         columns, # as when it was made
     ) -> bool:
-        "Whether these tensors are at the addresses that were checked, and of the same form."
-        found = [survey.look(column) for survey, column in zip(self.surveys, columns)]
-        return len(columns) == len(self.surveys) and not any(found)
+        "Whether tensors are at the addresses that were checked, and of the same form."
+        surveys = self._written()
+        found = [survey.look(column) for survey, column in zip(surveys, columns)]
+        return len(columns) == len(surveys) and not any(found)
 
-    def spans(self,
-        survey=None, # of the gradients; by default all others
-    ) -> list: # pairs of addresses
-        "The memory that a kernel writes, or that of the gradients, which it reads."
-        surveys = self.surveys if survey is None else [survey]
-        return [(a, a + n*self.item) for s in surveys for a, n in zip(s.addresses, self.sizes)]
+    def spans(self) -> list: # pairs of addresses
+        "The memory that a kernel writes."
+        return [pair for survey in self._written() for pair in self._spans_of(survey)]
+
+    def _spans_of(self, survey):
+        item = self.item
+        return [(a, a + size*item) for a, size in zip(survey.addresses, self.sizes)]
 
     def check(self,
         params, # the parameters
         grads, # a gradient for each
         written, # `Spans` that kernels write in this step
     ):
-        "Raise `Unfusable` unless the gradients have the form of their parameters and memory of their own."
+        """Raise `Unfusable` unless the gradients have the form of their parameters,
+        and memory of their own."""
         found = self.gradients.look(grads)
-        apart, self.apart_from = self.apart_from is written and not found, None
+        known_apart = self.apart_from is written and not found
+        self.apart_from = None                   # until all checks are passed
         if found & FOREIGN: check_plain(local(grads))
         check_signs(local(grads))
         self._compare(params, grads, found)
-        if not apart:
+        if not known_apart:
             self._check_addresses(self.gradients)
-            if written.meets(self.spans(self.gradients)):
-                raise Unfusable('a gradient shares its memory with a parameter or a state')
+            if written.meets(self._spans_of(self.gradients)):
+                raise Unfusable('a gradient shares its memory with '
+                                'a parameter or a state')
         self.apart_from = written

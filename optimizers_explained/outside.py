@@ -18,7 +18,7 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/outside.html.m
 # %% auto #0
 __all__ = ['SIMPLE', 'CONSTANTS', 'LIBRARIES', 'VARYING', 'WHO', 'KIND', 'UNREADABLE', 'CHANGERS', 'DRAWS', 'SIZE', 'NEW',
            'IMPLICIT', 'DEPTH', 'VALUES', 'FUNCTIONS', 'CODE', 'ABSENT', 'is_simple', 'imprint', 'flags', 'Unknown',
-           'reach', 'Place', 'Reading', 'Together', 'Alone', 'Outside', 'watched', 'alone']
+           'reach', 'Search', 'Place', 'Reading', 'Together', 'Alone', 'Outside', 'watched', 'alone']
 
 # %% ../nbs/09b_outside.ipynb #b05f27bc
 import builtins
@@ -51,7 +51,9 @@ def is_simple(
 def imprint(
     value, # a simple one
 ): # hashable
-    "What stands for a value: equal to the bit, and of one type; a NaN equals a NaN."
+    """What stands for a value in a comparison: equal to the bit, and of one type.
+
+    `1`, `1.` and `True` differ, and so do `0.` and `-0.`; a NaN equals a NaN."""
     kind = type(value)
     if kind is float: return kind, value.hex()
     if kind in SIMPLE or isinstance(value, CONSTANTS): return kind, value
@@ -88,13 +90,16 @@ DRAWS = set('''alpha_dropout bernoulli bernoulli_ binomial cauchy_ dropout dropo
 _PYTHON = os.path.dirname(os.__file__)
 _BOUND = BuiltinFunctionType, MethodType
 
+def _is_one_of(value, values): return any(value is v for v in values)
+
 @lru_cache
 def _of_library(module): # its name; a script of the user may be called random.py
     top = str(module).partition('.')[0]
     if top in LIBRARIES: return True
     if top not in sys.stdlib_module_names: return False
     file = getattr(sys.modules.get(top), '__file__', None)
-    return file is None or file.startswith(_PYTHON) and 'site-packages' not in file
+    if file is None: return True
+    return file.startswith(_PYTHON) and 'site-packages' not in file
 
 def _by_library(function): return _of_library(function.__globals__.get('__name__'))
 
@@ -107,13 +112,14 @@ def _is_fixed(value): # code of a library: neither looked into nor watched
     if hasattr(value, '__dict__'): return False
     return callable(value) and _of_library(type(value).__module__)
 
-def _has_data(owner):
+def _has_data(owner): # of a method, as opposed to the module of a function
     return owner is not None and not isinstance(owner, (ModuleType, type))
 
 def _varies(value): # a random generator, a clock, or a function of one
     if value is os.urandom: return True
-    bound = isinstance(value, _BOUND) and _has_data(value.__self__)
-    homes = [c.__module__ for c in type(value.__self__ if bound else value).__mro__]
+    is_method = isinstance(value, _BOUND) and _has_data(value.__self__)
+    owner = value.__self__ if is_method else value
+    homes = [c.__module__ for c in type(owner).__mro__]
     if isinstance(value, (FunctionType, BuiltinFunctionType, type)):
         homes.append(value.__module__)
     return any(map(_varies_by_name, homes))
@@ -123,7 +129,7 @@ def _varies_by_name(module):
 
 # %% ../nbs/09b_outside.ipynb #8debf511
 SIZE = 64 # values in a container that is looked through
-NEW = {'__new__', '__init__', '__post_init__'}
+NEW = {'__new__', '__init__', '__post_init__'} # what runs where a class is called
 IMPLICIT = {f'__{name}__' for name in '''abs add bool call contains enter exit float
     floordiv ge getattr getattribute getitem gt index int iter le len lt matmul mod mul
     neg next pow radd rfloordiv rmod rmul rpow rsub rtruediv sub truediv'''.split()}
@@ -140,8 +146,8 @@ def reach(
     if isinstance(value, (tuple, list, set, frozenset)): return _few(enumerate(value))
     if isinstance(value, (staticmethod, classmethod)): return [('', value.__func__)]
     if isinstance(value, property): return [('', value.fget)]
-    if isinstance(value, MethodType): return _bound_parts(value)
-    if isinstance(value, partial): return [('', value.func), *_arguments(value)]
+    if isinstance(value, MethodType): return _of_method(value)
+    if isinstance(value, partial): return _of_partial(value)
     if isinstance(value, ModuleType): return _of_module(value, names)
     if _is_fixed(value): return []
     if isinstance(value, BuiltinFunctionType): return [('', value.__self__)]
@@ -156,8 +162,12 @@ def _few(pairs):
     return pairs
 
 def _named(space, names): return [(n, space[n]) for n in names if n in space]
-def _bound_parts(method): return [('', method.__func__), ('', method.__self__)]
-def _arguments(p): return [*_few(enumerate(p.args)), *_few(p.keywords.items())]
+
+def _of_method(method): return [('', method.__func__), ('', method.__self__)]
+
+def _of_partial(value):
+    arguments, keywords = _few(enumerate(value.args)), _few(value.keywords.items())
+    return [('', value.func), *arguments, *keywords]
 
 def _is_wrapper(value): # by a library around a function of the user
     if isinstance(value, FunctionType): return _by_library(value)
@@ -168,7 +178,8 @@ def _of_module(module, names):
     if not _is_fixed(module): return found
     return [(n, v) for n, v in found if _tells(v) or _is_part(v, module)]
 
-def _tells(value): return _varies(value) or any(value is f for f in (*WHO, *KIND, *UNREADABLE))
+def _tells(value): # something about the step that uses it, although it is a library's
+    return _varies(value) or _is_one_of(value, (*WHO, *KIND, *UNREADABLE))
 
 def _is_part(value, module): # of a library
     if not isinstance(value, ModuleType): return False
@@ -187,14 +198,34 @@ def _of_object(value, names):
     if closed or isinstance(value, Tensor): raise Unknown
     found = dict(_of_classes(kind.__mro__, names))
     for name, v in found.items():
-        slot = isinstance(v, MemberDescriptorType)
-        if slot: found[name] = getattr(value, name, ABSENT)
-    found.update(_named(own or {}, names))
+        is_slot = isinstance(v, MemberDescriptorType)
+        if is_slot: found[name] = getattr(value, name, ABSENT)
+    if own: found.update(_named(own, names))
     return list(found.items())
 
+DEPTH, VALUES = 5, 256 # at most: containers in each other, values behind one value
+
+class Search:
+    "Goes into one value, and what is in there, as far as it is worth it."
+    def __init__(self,
+        names:set, # as `reach` takes them
+    ):
+        self.names, self.room = names, VALUES
+
+    def into(self,
+        value, # the one value, or something that was found in there
+        depth:int, # containers around it
+    ) -> list: # as `reach` gives it
+        "What the code can get from it; `Unknown` where that is not known, or too much."
+        found = reach(value, self.names)
+        self.room -= len(found)
+        if depth > DEPTH or self.room < 0: raise Unknown
+        return found
+
 # %% ../nbs/09b_outside.ipynb #26e0aca8
-DEPTH, VALUES, FUNCTIONS = 5, 256, 200 # at most: nested containers, values, functions
+FUNCTIONS = 200 # that are read for one step, at most
 CODE = FunctionType, type, ModuleType
+_HYPER = 'a hyperparameter' # what it is called; whoever records a step compares it
 
 class _Absent(Enum): VALUE = 'nothing'
 ABSENT = _Absent.VALUE
@@ -211,7 +242,8 @@ class Place(NamedTuple):
         except ValueError: return ABSENT                  # not assigned yet
 
 class _Where(NamedTuple):
-    space:dict # the globals of a piece of code
+    "What names mean in a piece of code."
+    space:dict # its globals
     cells:dict # what a closure holds, by name
     own:tuple # names of p, g and state, in the step itself
     making:bool # whether it makes a new object, whose attributes it may set
@@ -222,92 +254,105 @@ class Reading:
         step, # a step
         hypers:dict={}, # values of its hyperparameters
     ):
-        self.reasons, self.draws, self.unwatched = {}, {}, {} # in order
-        self.containers, self.stores = {}, False # what could be changed
-        self.names, self.code, self.places = set(IMPLICIT), {}, {}
-        self.followed, self.room = 0, VALUES
+        self.reasons = []         # why no list of parameters can be its argument
+        self.unrecordable = []    # those of them that hold for a recording, too
+        self.draws = []           # torch's random functions that it uses
+        self.unwatched = []       # what may change without being noticed
+        self.containers = []      # what it could change
+        self.stores = False       # whether it changes some container
+        self.names = set(IMPLICIT)
+        self.places = {}          # `Place` by its name and the id of its home
+        self.code = {}            # functions, classes and modules by their id
+        self.has_step = False     # whether the function that is the step has been read
         try: self._explore(step, hypers)
         except Exception as e: self._give_up(f'its code cannot be read: {e!r}')
 
     def _explore(self, step, hypers):
         while isinstance(step, Checked): step = step.func
         self._add(name_of(step), {name_of(step): step})
-        before = None
-        while before != (now := (len(self.code), len(self.names), len(self.places))):
-            before = now                                  # until nothing new is found
-            for p in [*self.places.values()]: self._look_at(p.value(), p.name)
-            for value in hypers.values(): self._look_at(value, '')
-        if not self.followed: self._give_up('its code cannot be read')
-        for name in self.containers if self.stores else ():
-            self._alone(f'it reads {name}, which it may change')
+        before, now = None, self._size()
+        while before != now:                              # until nothing new is found
+            for place in list(self.places.values()):
+                self._look_at(place.value(), place.name)
+            for value in hypers.values(): self._look_at(value, _HYPER)
+            before, now = now, self._size()
+        if not self.has_step: self._give_up('its code cannot be read')
+        if self.stores:
+            for name in self.containers:
+                self._alone(f'it reads {name}, which it may change')
+
+    def _size(self): return len(self.code), len(self.names), len(self.places)
 
     # ---- what is noted
     def _add(self, name, home):
         self.places.setdefault((name, id(home)), Place(name, home))
-    def _alone(self, reason, answered=False): # by a stand-in, while steps are recorded
-        self.reasons.setdefault(reason, answered)
-    def _one(self, does, answered=False):
-        self._alone(f'{does}, and a list of parameters is one object', answered)
+    def _alone(self, reason):
+        _note(self.reasons, reason)
+        _note(self.unrecordable, reason)
+    def _asks_object(self, does): self._alone(f'{does}, and {_ONE}')
+    def _asks_kind(self, does):           # in a recording, a stand-in has the answer
+        _note(self.reasons, f'{does}, and {_ONE}')
     def _touch(self, name): self._alone(f'it changes {name}, which is outside of it')
     def _give_up(self, reason):
         self._alone(reason)
-        self.unwatched['its code'] = True
+        _note(self.unwatched, 'its code')
     def _vary(self, name):
         self._alone(f'it uses {name}, which gives something else at every call')
-        self.unwatched[name] = True
+        _note(self.unwatched, name)
 
     # ---- values
-    def _look_at(self, value, label):
-        self.room = VALUES
-        self._look(value, label, 0)
+    def _look_at(self, value, label): self._look(value, label, Search(self.names), 0)
 
-    def _look(self, value, label, depth): # '' is a hyperparameter, which others watch
+    def _look(self, value, label, search, depth):
         if is_simple(value): return
-        self._judge(value, label or 'a hyperparameter')
+        self._judge(value, label)
         if _varies(value): return
         if isinstance(value, CODE) and not _is_fixed(value): self._learn(value)
-        try:
-            found = reach(value, self.names)
-            self.room -= len(found)
-            if depth > DEPTH or self.room < 0: raise Unknown
+        try: found = search.into(value, depth)
         except Unknown:
-            if label: self.unwatched[label] = self.containers[label] = True
+            if label != _HYPER:
+                _note(self.unwatched, label)
+                _note(self.containers, label)
             return
         for name, v in found:
-            self._look(name, label, depth + 1)
-            self._look(v, _inside(label, name), depth + 1)
+            self._look(name, label, search, depth + 1)    # the key of a dictionary
+            self._look(v, _inside(label, name), search, depth + 1)
 
     def _judge(self, value, label):
+        uses = f'it uses {label}'
         if _varies(value): self._vary(label)
-        if any(value is f for f in WHO): self._one(f'it uses {label}')
-        if any(value is f for f in KIND): self._one(f'it uses {label}', answered=True)
-        if any(value is f for f in UNREADABLE): self._give_up(f'it uses {label}')
+        if _is_one_of(value, WHO): self._asks_object(uses)
+        if _is_one_of(value, KIND): self._asks_kind(uses)
+        if _is_one_of(value, UNREADABLE): self._give_up(uses)
         if hasattr(type(value), '__next__'): self._alone(f'it goes on in {label}')
-        changeable = isinstance(value, (list, set, dict, bytearray))
-        if changeable: self.containers[label] = True
-        draws = _is_fixed(value) and getattr(value, '__name__', '') in DRAWS
-        if draws or isinstance(value, torch.Generator): self.draws[label] = True
+        can_change = isinstance(value, (list, set, dict, bytearray))
+        if can_change: _note(self.containers, label)
+        is_draw = _is_fixed(value) and getattr(value, '__name__', '') in DRAWS
+        if is_draw or isinstance(value, torch.Generator): _note(self.draws, label)
 
     # ---- code
     def _learn(self, value):
         if id(value) in self.code: return
-        if len(self.code) >= FUNCTIONS: return self._give_up('it is too long')
+        if len(self.code) >= FUNCTIONS:
+            self._give_up('it is too long')
+            return
         self.code[id(value)] = value
-        own = isinstance(value, FunctionType) and not _by_library(value)
-        if own: self._follow(value)
+        is_function = isinstance(value, FunctionType)
+        if is_function and not _by_library(value): self._follow(value)
 
     def _follow(self, function):
-        code, cells = function.__code__, function.__closure__ or ()
-        end = code.co_argcount if not self.followed else 0
-        own = code.co_varnames[max(end - 3, 0):end]   # p, g, state of the step itself
-        cells = dict(zip(code.co_freevars, cells))
+        "Take in a function. The first one is the step itself."
+        is_step, self.has_step = not self.has_step, True
+        code = function.__code__
+        cells = dict(zip(code.co_freevars, function.__closure__ or ()))
+        arguments = code.co_varnames[:code.co_argcount]
+        own = arguments[-3:] if is_step else ()           # p, g, state
         self._read(code, _Where(function.__globals__, cells, own, code.co_name in NEW))
-        hypers = function.__kwdefaults__ or {}
         defaults = dict(enumerate(function.__defaults__ or ()))
-        if self.followed: defaults.update(hypers)
-        else:
-            for value in hypers.values(): self._look_at(value, '')
-        self.followed += 1
+        by_name = function.__kwdefaults__ or {}
+        if is_step:
+            for value in by_name.values(): self._look_at(value, _HYPER)
+        else: defaults.update(by_name)
         for key, value in defaults.items():
             name = f'{function.__name__}({key})'
             if not is_simple(value): self._add(name, {name: value})
@@ -320,12 +365,12 @@ class Reading:
         instructions = list(dis.get_instructions(code))
         for i, instruction in enumerate(instructions):
             self._take(instruction, instructions[max(i - 2, 0):i], where)
-        for inner in code.co_consts:
+        for inner in code.co_consts:                      # a function in the function
             if not isinstance(inner, CodeType): continue
             cells = {n: where.cells[n] for n in inner.co_freevars if n in where.cells}
-            self._read(inner, _Where(where.space, cells, (), False))
+            self._read(inner, _Where(where.space, cells, own=(), making=False))
 
-    def _take(self, instruction, before, where):
+    def _take(self, instruction, before, where): # `before`: up to two that precede it
         does, name = instruction.opname, instruction.argval
         last = before[-1] if before else instruction
         if does in ('LOAD_GLOBAL', 'LOAD_NAME'):
@@ -338,26 +383,32 @@ class Reading:
             if name in where.cells: self._touch(name)
         elif does in ('STORE_ATTR', 'DELETE_ATTR'):
             if not where.making: self._alone(f'it sets .{name}')
-        elif does == 'STORE_SUBSCR':                      # state['name'] = ... may be
-            may = len(before) == 2 and _loads(before[0], where.own)
-            if not may: self.stores = True
+        elif does == 'STORE_SUBSCR':                      # after container and key
+            in_own = len(before) == 2 and _loads(before[0], where.own)
+            if not in_own: self.stores = True             # state['name'] = ... is none
         elif does in ('DELETE_SUBSCR', 'STORE_SLICE'): self.stores = True
-        elif does == 'MATCH_CLASS': self._one('it asks for a class')
+        elif does == 'MATCH_CLASS': self._asks_object('it asks for a class')
         elif does == 'IS_OP':
-            if not _is_constant(last): self._one('it compares with is')
-        elif does in ('LOAD_ATTR', 'LOAD_METHOD'): self._ask(name, last, where)
+            if not _is_constant(last): self._asks_object('it compares with is')
+        elif does in ('LOAD_ATTR', 'LOAD_METHOD'): self._attribute(name, last, where)
 
-    def _ask(self, name, last, where):
+    def _attribute(self, name, last, where):
         "Take in that an attribute is read, of what the instruction `last` has loaded."
-        if name in DRAWS: self.draws[name] = True
-        if name == '__class__': self._one('it asks for a class')
+        if name in DRAWS: _note(self.draws, name)
+        if name == '__class__': self._asks_object('it asks for a class')
         loaded = last.opname.startswith('LOAD_') and not _loads(last, where.own)
         if name in CHANGERS and loaded: self.stores = True
         in_place = name.endswith('_') and not name.endswith('__')
         if in_place and _is_data(last, where): self._touch(last.argval)
 
-def _inside(label, name):
-    return f'{label}.{name}' if label and str(name).isidentifier() else label
+_ONE = 'a list of parameters is one object'
+
+def _note(items, item):
+    if item not in items: items.append(item)
+
+def _inside(label, name): # what is found under a name in what has a label
+    if label == _HYPER or not str(name).isidentifier(): return label
+    return f'{label}.{name}'
 
 def _loads(instruction, names): # since Python 3.13, one instruction may load two
     name = instruction.argval
@@ -385,8 +436,12 @@ class Alone(NamedTuple):
     "The step must be run on one parameter at a time."
     reason:str # about the step: 'it uses id, ...'
 
-def _first(reasons): # that lists, or kernels, cannot do without
-    return next((Alone(reason) for reason in reasons), Together())
+def _alone_for(reasons): return Alone(reasons[0]) if reasons else Together()
+
+class _Found(NamedTuple):
+    "A function, and where the step finds it."
+    place:Place
+    function:FunctionType
 
 class Outside:
     "What a step reads besides its arguments. Called, it gives the values found there."
@@ -395,41 +450,40 @@ class Outside:
         hypers:dict={}, # values of its hyperparameters: one may be a random generator
     ):
         seen = Reading(step, hypers)
-        self.alone = _first(seen.reasons)
-        self.unrecordable = _first([r for r, answered in seen.reasons.items() if not answered])
+        self.alone = _alone_for(seen.reasons)                # not in lists
+        self.unrecordable = _alone_for(seen.unrecordable)    # not in kernels either
         self.draws, self.unwatched = tuple(seen.draws), tuple(seen.unwatched)
         self.names, self.code = seen.names, seen.code
-        self.functions, self.data, self.room = [], [], VALUES
-        for place in seen.places.values(): self._keep(place, place.value(), step)
+        self.functions, self.data = [], []
+        for place in seen.places.values(): self._keep(place, step)
 
-    def _keep(self, place, value, step):
-        steady = isinstance(value, FunctionType) and not vars(value)
-        if _is_fixed(value) or steady and value is step: return
-        if steady: self.functions.append((place, value))
-        else: self.data.append(place)
+    def _keep(self, place, step):
+        value = place.value()
+        if _is_fixed(value): return
+        is_function = isinstance(value, FunctionType) and not vars(value)
+        if not is_function: self.data.append(place)
+        elif value is not step: self.functions.append(_Found(place, value))
 
     def __call__(self):
         if not (self.functions or self.data): return ()
         for place, function in self.functions:
-            if place.value() is not function: return object(),       # equal to nothing
+            if place.value() is not function: return (object(),)   # equal to nothing
         return tuple([self._watch(place.value()) for place in self.data])
 
-    def _watch(self, value):
-        self.room = VALUES
-        return self._digest(value, 0)
+    def _watch(self, value): return self._digest(value, Search(self.names), 0)
 
-    def _digest(self, value, depth): # hashable; equal for equal values
+    def _digest(self, value, search, depth):
+        "What is equal for equal values, and hashable; `object()` is equal to nothing."
         if is_simple(value): return imprint(value)
-        fixed, code = _is_fixed(value), isinstance(value, CODE)
-        if code and not fixed and id(value) not in self.code: return object()
-        try:
-            found = reach(value, self.names)
-            self.room -= len(found)
-            if depth > DEPTH or self.room < 0: raise Unknown
+        is_fixed, is_code = _is_fixed(value), isinstance(value, CODE)
+        if is_code and not is_fixed and id(value) not in self.code: return object()
+        try: found = search.into(value, depth)
         except Unknown: return object()
-        deeper = depth + 1
-        pairs = [(self._digest(n, deeper), self._digest(v, deeper)) for n, v in found]
-        return id(value) if fixed or code else type(value), *pairs
+        digests = [id(value) if is_fixed or is_code else type(value)]
+        for name, v in found:
+            key = self._digest(name, search, depth + 1)
+            digests.append((key, self._digest(v, search, depth + 1)))
+        return tuple(digests)
 
 def watched(
     step, # a step

@@ -213,7 +213,8 @@ INTERRUPTED = '''
 import signal, torch
 from optimizers_explained import optim
 signal.signal(signal.SIGINT, signal.default_int_handler)   # if we run in the background
-p = torch.ones(3, requires_grad=True); p.grad = torch.ones(3)
+p = torch.ones(3, requires_grad=True)
+p.grad = torch.ones(3)
 opt = optim.SGD([p], lr=0.5, fused=True)
 try: opt.step()
 except KeyboardInterrupt: print('interrupted', p.tolist())
@@ -448,7 +449,9 @@ def foreign(path):
     subprocess.run(command, input=SOURCE.replace('42', '666'), text=True, check=True)
     other.replace(path)
 
-def linked(path): path.replace(path.parent.parent/'moved'); path.symlink_to('../moved')
+def linked(path):
+    path.replace(path.parent.parent/'moved')
+    path.symlink_to('../moved')
 def given_away(path):
     if os.geteuid(): pytest.skip('only root may give a file away')
     os.chown(path, 65534, 65534)
@@ -492,7 +495,8 @@ def test_no_file_in_place_of_one(make, kernels):
 CRASH = '''
 import warnings, torch
 from optimizers_explained import optim
-p = torch.ones(3, requires_grad=True); p.grad = torch.ones(3)
+p = torch.ones(3, requires_grad=True)
+p.grad = torch.ones(3)
 opt = optim.SGD([p], lr=0.5, fused=True)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter('always')
@@ -577,7 +581,8 @@ import warnings, torch
 from optimizers_explained import build, fused, optim
 warnings.simplefilter('error')
 fused.BACKENDS['cpu'] = build.TritonKernel
-p = torch.ones(3, requires_grad=True); p.grad = torch.ones(3)
+p = torch.ones(3, requires_grad=True)
+p.grad = torch.ones(3)
 opt = optim.SGD([p], lr=0.5, fused=True)
 opt.step()
 print(p.tolist(), any('phase0' in str(k) for k in build.KERNELS))
@@ -597,7 +602,7 @@ def stepped(name, sizes):
     ps = [torch.linspace(1, 2, n).requires_grad_() for n in sizes]
     for p in ps: p.grad = torch.ones_like(p)
     opt = getattr(optim, name)(ps, lr=0.01, fused=True)
-    opt.step(), opt.step()
+    for _ in range(2): opt.step()
     assert build.KERNELS
     return opt, ps
 def bits(ps):
@@ -651,7 +656,7 @@ torch.set_num_threads(2)
 ps = [torch.ones(70_000, requires_grad=True) for _ in range(4)]
 for p in ps: p.grad = torch.ones_like(p)
 opt = optim.LAMB(ps, lr=0.01, fused=True)
-opt.step(), opt.step()
+for _ in range(2): opt.step()
 class Data(Dataset):
     def __len__(self): return 2
     def __getitem__(self, i):

@@ -11,6 +11,7 @@ import weakref
 from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
 from random import random as draw
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from optimizers_explained.checks import Ambiguous, Checked, name_of, takes
 from optimizers_explained.core import StepOptimizer, decay, decay_rel, ema, flip, l2
 from optimizers_explained.core import lion, momentum, sgd
 from optimizers_explained.multi_tensor import TensorList
-from optimizers_explained.outside import Alone, Together, alone, flags, watched
+from optimizers_explained.outside import Alone, Outside, Together
+from optimizers_explained.outside import alone, flags, watched
 from optimizers_explained.trust import lars, trust
 
 INF, NAN = math.inf, math.nan
@@ -50,7 +52,8 @@ def same(a, b):
     if not isinstance(a, torch.Tensor): return a == b or a != a and b != b
     if (a.dtype, a.shape, a.stride()) != (b.dtype, b.shape, b.stride()): return False
     if not a.dtype.is_floating_point: return bool((a == b).all())
-    return bool(((a == b) & (a.signbit() == b.signbit()) | a.isnan() & b.isnan()).all())
+    numbers = (a == b) & (a.signbit() == b.signbit())
+    return bool((numbers | a.isnan() & b.isnan()).all())
 
 
 def of_row(x, i):
@@ -164,7 +167,8 @@ FUNCTIONS = dict(
     sorting=lambda p, g: (*g.sort(-1), *torch.topk(p, 2)),
     split=lambda p, g: [a + 1 for a in g.split(2)],
     rows=lambda p, g: p[0] + g[:, 1] + p[p > 0].sum() + g[None].sum(),
-    stacked=lambda p, g: torch.stack([p, g, p]).mean(0) + torch.cat((p, g))[1:7],
+    stacked=lambda p, g: torch.stack([p, g, p]).mean(0),
+    joined=lambda p, g: torch.cat((p, g))[1:7],
     joined_with_one=lambda p, g: torch.stack([p, torch.ones_like(g)]).amax(0),
     products=lambda p, g: p @ g.T + torch.einsum('ij,ij->', p, g) + torch.mm(p, g),
     operators=lambda p, g: 2**(p % 3) // 1.5 - +g,
@@ -183,8 +187,9 @@ FUNCTIONS = dict(
     fills=lambda p, g: torch.nn.init.constant_(p, 0.5).fill_(g.new_full((), 2.)),
     lists_in_lists=lambda p, g: torch._foreach_mul([p, g], 2),
     changed_in_lists=lambda p, g: torch._foreach_mul_([p, g], 2),
-    answers=lambda p, g: (p.size() == (6, 6), p.ndim, p.dtype, p.numel(), p.shape[0],
-                          len(p.shape), p.device.type, p.is_contiguous()),
+    answers=lambda p, g: (
+        p.size() == (6, 6), p.ndim, p.dtype, p.numel(), p.shape[0],
+        len(p.shape), p.device.type, p.is_contiguous()),
     copies=lambda p, g: (copy.copy(p), copy.deepcopy(g)),
     no_gradient=lambda p, g: (p.grad, p == None),           # noqa: E711
     data=lambda p, g: p.data.mul_(3).detach().view(-1),
@@ -230,7 +235,8 @@ class Hook:
 SHARED = torch.zeros(3)
 ASKED = dict(
     bool=lambda p: bool(p.sum() > 0), both=lambda p: p and 1, more=lambda p: max(p, p),
-    float=lambda p: float(p.sum()), int=lambda p: int(p.sum()), index=lambda p: [1][p],
+    float=lambda p: float(p.sum()), int=lambda p: int(p.sum()),
+    index=lambda p: [1][p],
     complex=lambda p: complex(p.sum()), sqrt=lambda p: math.sqrt(p.sum()),
     len=lambda p: len(p), iter=lambda p: list(p), contains=lambda p: 1. in p,
     rows=lambda p: sum(p), reverse=lambda p: list(reversed(p)),
@@ -280,7 +286,8 @@ def test_what_all_have_or_lack_is_answered():
         assert p.flag is flag
     for t, flag in zip(p.tensors, (math.nan, float('nan'))): t.flag = flag
     assert math.isnan(p.flag)
-    for pair in ((1, True), (0., -0.), ([1], [1]), (shared, shared.copy()), (1, 2)):
+    copies = shared, shared.copy()
+    for pair in ((1, True), (0., -0.), ([1], [1]), copies, (1, 2)):
         for t, flag in zip(p.tensors, pair): t.flag = flag
         with pytest.raises(Ambiguous, match='reads .flag'): p.flag
     for t in p.tensors: t.flag = t*2                        # a tensor for each
@@ -415,24 +422,32 @@ def sets_global(p, g, state):
 def logs(p, g, state): LOG.append(1)
 def counts(p, g, state): NESTED['n'] = NESTED.get('n', 0) + 1
 def passes_on(p, g, state): add_to(LOG)
-def add_to(log): log += [1]; log[0] = 1
+def add_to(log):
+    log += [1]
+    log[0] = 1
 def changes_tensor(p, g, state): TENSOR.mul_(1)
 def sets_attribute(p, g, state): p.seen = True
 def sets_object(p, g, state): CONFIG.momentum = 0.9
 def evaluates(p, g, state): return eval('g*RATE')
+def put(x, n, table):
+    table[n] = 1
+    return x
+def stores_in_a_default(p, g, state, *, fn=put): return fn(g, 'n', NESTED)
+def scaled_by_a_table(x, *, by=TABLE): return x*by[0]
+def a_list_by_default(p, g, state, *, fn=scaled_by_a_table): return fn(g)
 
 
 TOGETHER = [nothing, a_number, through_a_helper, a_list, a_list_and_state, nested,
             an_object, a_class, in_a_comprehension, torchs_draws, a_tensor, a_big_list,
-            wrapped, in_no_grad, factory(2)[0], Scale(), Scale().__call__,
-            partial(a_number), lambda p, g, state: g*RATE, flip, l2, decay, decay_rel,
-            sgd, momentum, ema, lion, adam, trust, lars]
+            a_list_by_default, wrapped, in_no_grad, factory(2)[0],
+            Scale(), Scale().__call__, partial(a_number), lambda p, g, state: g*RATE,
+            flip, l2, decay, decay_rel, sgd, momentum, ema, lion, adam, trust, lars]
 ALONE = [asks_id, asks_inside, asks_is, asks_is_not, asks_operator, asks_type,
          asks_isinstance, asks_class, asks_is_tensor, asks_a_helper, draws_one,
          draws_module, draws_numpy, draws_generator, draws_secretly, draws_default,
          draws_helper, reads_the_clock, takes_the_next, sets_global, logs, counts,
          passes_on, changes_tensor, sets_attribute, sets_object, evaluates,
-         factory(2)[1],
+         stores_in_a_default, factory(2)[1],
          Scale(rng=random.Random(0)).noisy, partial(nothing, rng=random.Random(0)),
          decorated(asks_id), torch.no_grad()(draws_one), Checked(asks_id), len]
 
@@ -445,6 +460,18 @@ def test_steps_that_may_run_on_a_list(step): assert alone(step) == Together()
 def test_steps_that_run_on_one_parameter_at_a_time(step):
     answer = alone(step)
     assert isinstance(answer, Alone) and answer.reason.startswith('it')
+
+
+def test_what_a_stand_in_answers_is_told_apart():
+    "Two modules give one name to two functions; a stand-in answers only one of them."
+    there = ModuleType('there')
+    exec('ask = type\ndef class_of(p): return ask(p)', vars(there))
+    def asks_one(p, g, state): return g if ask(p, torch.Tensor) else None
+    def asks_both(p, g, state): return g if ask(p, torch.Tensor) else class_of(p)
+    ask, class_of = isinstance, there.class_of
+    assert Outside(asks_one).unrecordable == Together()
+    assert isinstance(Outside(asks_both).unrecordable, Alone)
+    assert Outside(asks_one).alone == Outside(asks_both).alone != Together()
 
 
 def test_torchs_own_draws_are_told_apart():
@@ -510,12 +537,13 @@ def test_what_is_inside_is_seen(monkeypatch):
     reads, _ = factory(2)
     cell = reads.__closure__[0]
     assert changes(reads, monkeypatch, lambda m: m.setattr(cell, 'cell_contents', 3))
-    TABLE.append(3.)
-    now = watched(a_list)
-    before = now()
-    TABLE[-1] = 4.
-    assert now() != before
-    TABLE.pop()
+    for step in (a_list, a_list_by_default):
+        TABLE.append(3.)
+        now = watched(step)
+        before = now()
+        TABLE[-1] = 4.
+        assert now() != before
+        TABLE.pop()
 
 
 def test_a_replaced_function_is_equal_to_nothing(monkeypatch):

@@ -1,11 +1,13 @@
 """What an optimizer remembers between steps is asked before it is trusted.
 
-Every test runs the same story as loop, in lists and in kernels, and beside torch's own class where there is one. A kernel that trusts too much
-reads or writes beyond its tensors, so these stories once ended in garbage or in a crash."""
+Every test runs the same story as loop, in lists and in kernels, and beside torch's own
+class where there is one. A kernel that trusts too much reads or writes beyond its
+tensors, so these stories once ended in garbage or in a crash."""
 import gc
 import threading
 import warnings
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,15 +17,15 @@ from torch.testing._internal.two_tensor import TwoTensor
 from optimizers_explained import fused, layout, optim
 from optimizers_explained.core import StepOptimizer, decay, momentum, sgd
 
-WAYS = dict(loop=dict(foreach=False), foreach=dict(foreach=True), fused=dict(fused=True))
 FAST = dict(foreach=dict(foreach=True), fused=dict(fused=True))
+WAYS = dict(loop=dict(foreach=False), **FAST)
 
 pytestmark = pytest.mark.filterwarnings('ignore:fused=True, and still')
 
 
 @pytest.fixture(params=['C++', 'Python'], autouse=True)
 def asking(request, monkeypatch):
-    "Tensors tell where they are through DLPack, or, as with older versions of torch, one by one."
+    "Tensors tell where they are through DLPack, or one by one, as in older torch."
     if request.param == 'Python': monkeypatch.setattr(layout, 'looker', lambda: None)
     elif not layout.looker(): pytest.skip('this torch has no table of DLPack functions')
 
@@ -60,9 +62,10 @@ def spread(opt, p): p.data = torch.ones(*p.shape, 2)[..., 0]
 def move(opt, p): p.data = p.data.clone()
 def negate(opt, p): p.data = torch._neg_view(p.data.clone())
 
-CHANGES = dict(half=retype(torch.float16), double=retype(torch.float64), bfloat16=retype(torch.bfloat16),
-               dimensions=reshape(-1), longer=reshape((2, 8)), rows=shorten, transposed=transpose,
-               gaps=spread, moved=move, negative=negate)
+CHANGES = dict(
+    half=retype(torch.float16), double=retype(torch.float64),
+    bfloat16=retype(torch.bfloat16), dimensions=reshape(-1), longer=reshape((2, 8)),
+    rows=shorten, transposed=transpose, gaps=spread, moved=move, negative=negate)
 
 def after_a_change(make, change, others=3):
     "Four steps; before the third, one of the parameters changes."
@@ -80,8 +83,10 @@ def after_a_change(make, change, others=3):
 @pytest.mark.parametrize('what', CHANGES)
 def test_a_parameter_that_changes(what, way):
     "Its dtype, shape, strides, address or sign: the numbers are torch's."
-    want = after_a_change(lambda ps: torch.optim.SGD(ps, lr=0.25, foreach=False), CHANGES[what])
-    got = after_a_change(lambda ps: optim.SGD(ps, lr=0.25, **WAYS[way]), CHANGES[what])
+    theirs = partial(torch.optim.SGD, lr=0.25, foreach=False)
+    ours = partial(optim.SGD, lr=0.25, **WAYS[way])
+    want = after_a_change(theirs, CHANGES[what])
+    got = after_a_change(ours, CHANGES[what])
     for p, q in zip(want, got): torch.testing.assert_close(p, q, rtol=0, atol=0)
     assert got[0].tolist() == [[1 - 0.25*(1 + 2 + 3 + 4)]*4]*4
 
@@ -93,7 +98,8 @@ def test_part_of_a_model_in_half_precision():
     for dtype in torch.float32, torch.float16:
         b.data = b.data.to(dtype)
         with_grads([a, b])
-        opt.step(), opt.zero_grad()
+        opt.step()
+        opt.zero_grad()
     assert b.dtype == torch.float16 and (b == 0.5).all() and (a == 0.5).all()
 
 
@@ -108,8 +114,8 @@ def parameter_state(m): return torch.nn.Parameter(m, requires_grad=False)
 def negative_state(m): return torch._neg_view(m.neg())
 def transposed_state(m): return m.t()
 def expanded_state(m): return m[:1].expand(4, 4)
-STATES = [double_state, half_state, short_state, number_state, subclass_state, parameter_state,
-          negative_state, transposed_state, expanded_state]
+STATES = [double_state, half_state, short_state, number_state, subclass_state,
+          parameter_state, negative_state, transposed_state, expanded_state]
 
 @pytest.mark.parametrize('way', FAST)
 @pytest.mark.parametrize('change', STATES, ids=lambda f: f.__name__)
@@ -146,18 +152,19 @@ def test_a_gradient_with_the_negative_bit(way):
         assert p.grad.is_neg()
         return p.item()
     for name, more in (('SGD', dict(momentum=0.5)), ('AdamW', {})):
-        want = run(lambda ps: getattr(torch.optim, name)(ps, lr=0.1, foreach=False, **more))
-        got = run(lambda ps: getattr(optim, name)(ps, lr=0.1, **more, **WAYS[way]))
+        want = run(partial(getattr(torch.optim, name), lr=0.1, foreach=False, **more))
+        got = run(partial(getattr(optim, name), lr=0.1, **more, **WAYS[way]))
         assert got == pytest.approx(want, rel=1e-6) and got < 0.5
 
 
+def two_tensors(t): return TwoTensor(t, t.clone())
+def marked(t): return t.as_subclass(Marked)
+def zero_tensor(t): return torch._efficientzerotensor(t.shape)
+
 @pytest.mark.parametrize('way', WAYS)
-@pytest.mark.parametrize('like', [TwoTensor, Marked, torch._efficientzerotensor])
-def test_a_state_or_gradient_that_is_no_plain_tensor(like, way):
+@pytest.mark.parametrize('make', [two_tensors, marked, zero_tensor])
+def test_a_state_or_gradient_that_is_no_plain_tensor(make, way):
     "It is stepped in Python, or refused there."
-    def make(t):
-        if like is TwoTensor: return TwoTensor(t, t.clone())
-        return t.as_subclass(Marked) if like is Marked else torch._efficientzerotensor(t.shape)
     def keeps(p, g, state):
         if 'm' not in state: state['m'] = make(torch.zeros(p.shape))
         state['m'] = state['m']*0.5 + g
@@ -165,7 +172,7 @@ def test_a_state_or_gradient_that_is_no_plain_tensor(like, way):
     opt = StepOptimizer([p], [keeps, sgd], lr=1., **WAYS[way])
     try:
         for _ in range(3): opt.step()
-    except Exception: assert like is not Marked or way == 'foreach'
+    except Exception: assert make is not marked or way == 'foreach'
     else: assert p.tolist() == [-2.]*5
     q, = ones(5)
     q.grad = torch.ones(5).as_subclass(Marked)
@@ -180,14 +187,18 @@ def lap(a, b): b.data = a.data[1:]
 def contain(a, b): b.data = a.data[2:4]
 OVERLAPS = [tie, lap, contain]
 
+def decayed_momentum(ps, **way):
+    steps = [decay, momentum, sgd]
+    return StepOptimizer(ps, steps, lr=0.25, momentum=0.5, weight_decay=0.5, **way)
+
 @pytest.mark.parametrize('way', FAST)
 @pytest.mark.parametrize('at', [0, 1, 3])
 @pytest.mark.parametrize('meet', OVERLAPS)
 def test_weights_in_the_same_memory(meet, at, way):
-    "From the start or from a later step: one is stepped after the other, as in the loop."
+    "From the start or later: one is stepped after the other, as in the loop."
     def run(**way):
         a, b, c = ones(6, 6, 6)
-        opt = StepOptimizer([a, b, c], [decay, momentum, sgd], lr=0.25, momentum=0.5, weight_decay=0.5, **way)
+        opt = decayed_momentum([a, b, c], **way)
         for t in range(6):
             if t == at:
                 for p in (a, b, c): p.grad = None
@@ -205,23 +216,27 @@ def test_weights_in_the_same_memory(meet, at, way):
 @pytest.mark.parametrize('way', FAST)
 @pytest.mark.parametrize('late', [0, 1])
 def test_a_kernel_beside_the_loop(late, way):
-    "One of two tied weights joins later, and Python makes its first step: in the order of the group."
+    """One of two tied weights joins later, and Python makes its first step.
+
+    They are stepped in the order of the group."""
     def run(**way):
         a, b = ones(4, 4)
-        opt = StepOptimizer([a, b], [decay, momentum, sgd], lr=0.25, momentum=0.5, weight_decay=0.5, **way)
+        opt = decayed_momentum([a, b], **way)
         for t in range(4):
             a.grad, b.grad = None, None
             b.data = a.data
             with_grads([a, b], 1. + t)
             if t == 0: (a, b)[late].grad = None
             opt.step()
-        return a.tolist(), [opt.state[p]['momentum_buffer'].tolist() for p in (a, b)]
+        buffers = [opt.state[p]['momentum_buffer'].tolist() for p in (a, b)]
+        return a.tolist(), buffers
     def apart(**way):
         ps = with_grads(ones(4, 4))
-        opt = StepOptimizer(ps, [decay, momentum, sgd], lr=0.25, momentum=0.5, weight_decay=0.5, **way)
+        opt = decayed_momentum(ps, **way)
         for _ in range(4): opt.step()
         return ps[0].tolist()
-    assert run(**WAYS[way]) == run(**WAYS['loop']) and run(**WAYS[way])[0] != apart(**WAYS[way])
+    together = run(**WAYS[way])
+    assert together == run(**WAYS['loop']) and together[0] != apart(**WAYS[way])
 
 
 def test_tied_weights_race_in_no_kernel():
@@ -269,9 +284,12 @@ def test_a_gradient_inside_a_parameter(at):
 
 # --- nothing is kept alive
 def replaced(opt, ps, i):
-    "Put a smaller parameter in the place of `ps[i]`, as pruning does; references to what was there."
+    """Put a smaller parameter in the place of `ps[i]`, as pruning does.
+
+    What comes back are references to what was there: the parameter and its state."""
     old = ps[i]
-    held = [weakref.ref(old), *(weakref.ref(v) for v in opt.state[old].values() if torch.is_tensor(v))]
+    tensors = [v for v in opt.state[old].values() if torch.is_tensor(v)]
+    held = [weakref.ref(t) for t in (old, *tensors)]
     ps[i] = torch.nn.Parameter(old.detach()[:5].clone())
     opt.param_groups[0]['params'][i] = ps[i]
     opt.state.pop(old)
@@ -281,10 +299,11 @@ def replaced(opt, ps, i):
 def test_replaced_parameters_are_freed(way):
     ps = with_grads(ones((9, 3), (9, 3)))
     opt = optim.Adam(ps, lr=0.1, **WAYS[way])
-    opt.step(), opt.step()
+    opt.step()
+    opt.step()
     held = replaced(opt, ps, 0)
     gc.collect()
-    assert len(held) == 3 and [ref() for ref in held] == [None]*3        # before any other step
+    assert [ref() for ref in held] == [None]*3             # before any other step
     with_grads(ps)
     opt.step()
     assert torch.allclose(ps[0], ps[1][:5]) and opt.state[ps[0]]['step'] == 1
@@ -330,22 +349,24 @@ def test_flags_on_parameters(way):
     "Each gets its own answer, also when a flag is set, changed or deleted later."
     a, b, c = with_grads(ones(2, 2, 2), 0.)
     b.no_decay, c.share, a.label = True, 0.5, 'a'
-    opt = StepOptimizer([a, b, c], [decay_marked, decay_by_share, sgd], lr=0.5, **WAYS[way])
-    opt.step()
-    assert [p[0].item() for p in (a, b, c)] == [0.5, 1., 0.375]
+    steps = [decay_marked, decay_by_share, sgd]
+    opt = StepOptimizer([a, b, c], steps, lr=0.5, **WAYS[way])
+    def stepped():
+        opt.step()
+        return [p[0].item() for p in (a, b, c)]
+    assert stepped() == [0.5, 1., 0.375]
     a.no_decay, b.no_decay, c.share = True, False, 1.
-    opt.step()
-    assert [p[0].item() for p in (a, b, c)] == [0.5, 0.5, 0.09375]
+    assert stepped() == [0.5, 0.5, 0.09375]
     del a.no_decay, b.no_decay, c.share
-    opt.step()
-    assert [p[0].item() for p in (a, b, c)] == [0.25, 0.25, 0.046875]
+    assert stepped() == [0.25, 0.25, 0.046875]
 
 def test_names_on_parameters_do_not_split_them():
     "An attribute that no step asks for makes no bucket of its own."
     ps = with_grads(ones(*[2]*5))
     for i, p in enumerate(ps): p.label = f'layer{i}.weight'
     opt = optim.AdamW(ps, fused=True)
-    opt.step(), opt.step()
+    opt.step()
+    opt.step()
     plan, = opt.memo.plans.values()
     assert len(plan.buckets) == 1
 
@@ -365,13 +386,18 @@ def test_swapped_states(n, way):
         for t in range(4):
             p.grad = torch.full_like(p, 1. + t)
             opt.step()
-        return p.unique().tolist(), *(opt.state[p][k].unique().tolist() for k in 'ab')
-    assert run(**WAYS[way]) == run(**WAYS['loop']) == ([-13.], [1.5], [4.])
+        return [t.unique().tolist() for t in (p, opt.state[p]['a'], opt.state[p]['b'])]
+    assert run(**WAYS[way]) == run(**WAYS['loop']) == [[-13.], [1.5], [4.]]
 
 
 # --- what a state may hold
-ODD = dict(list=list, dict=dict, set=set, array=lambda: np.zeros(2), lock=threading.Lock, object=object,
-           number=lambda: np.float64(1.), tuple=lambda: (torch.ones(1),))
+ODD = dict(
+    list=list, dict=dict, set=set, array=lambda: np.zeros(2), lock=threading.Lock,
+    object=object, number=lambda: np.float64(1.), tuple=lambda: (torch.ones(1),))
+
+def is_untouched(opt, ps):
+    "Whether two parameters still hold ones, and nothing has a state."
+    return [p.tolist() for p in ps] == [[1.]*2, [1.]*3] and not any(opt.state.values())
 
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('what', ODD)
@@ -384,8 +410,9 @@ def test_a_state_that_no_checkpoint_can_give_back(what, way):
     ps = with_grads(ones(2, 3))
     opt = StepOptimizer(ps, [momentum, keeps, sgd], lr=0.5, momentum=0.5, **WAYS[way])
     for _ in range(2):
-        with pytest.raises(TypeError, match=r"step keeps keeps a .* in state\['last'\]"): opt.step()
-        assert [p.tolist() for p in ps] == [[1.]*2, [1.]*3] and not any(opt.state.values())
+        words = r"step keeps keeps a .* in state\['last'\]"
+        with pytest.raises(TypeError, match=words): opt.step()
+        assert is_untouched(opt, ps)
 
 @pytest.mark.parametrize('way', WAYS)
 def test_an_entry_that_comes_later(way):
@@ -411,9 +438,8 @@ def test_a_first_step_that_fails_leaves_no_trace(way):
         if len(calls) < 4: raise RuntimeError('no')
     ps = with_grads(ones(2, 3))
     opt = StepOptimizer(ps, [fails_once, sgd], lr=0.5, **WAYS[way])
-    with pytest.raises(RuntimeError, match='no'):
-        opt.step()
-    assert [p.tolist() for p in ps] == [[1.]*2, [1.]*3] and not any(opt.state.values())
+    with pytest.raises(RuntimeError, match='no'): opt.step()
+    assert is_untouched(opt, ps)
 
 
 # --- interruptions
@@ -422,7 +448,8 @@ def test_an_interruption_before_the_launch(error, monkeypatch):
     "No count is ahead of its weights: what was not stepped was not counted."
     ps = with_grads([*ones((4, 4), (4, 4)), *ones((3,), dtype=torch.float64)])
     opt = optim.AdamW(ps, lr=0.1, fused=True)
-    opt.step(), opt.step()
+    opt.step()
+    opt.step()
     ran, run = [], fused.Launch.run
     def interrupted(launch):
         if ran: raise error
@@ -432,15 +459,20 @@ def test_an_interruption_before_the_launch(error, monkeypatch):
     before = [p.detach().clone() for p in ps]
     with pytest.raises(error): opt.step()
     moved = [not torch.equal(p, q) for p, q in zip(ps, before)]
-    assert [opt.state[p]['step'] for p in ps] == [3 if m else 2 for m in moved] and moved == [True, True, False]
+    assert moved == [True, True, False]
+    assert [opt.state[p]['step'] for p in ps] == [3, 3, 2]
 
 def test_an_interruption_in_the_kernel(monkeypatch):
     ps = with_grads(ones((4, 4)))
     opt = optim.AdamW(ps, lr=0.1, fused=True)
-    opt.step(), opt.step()
-    program = next(p for found in opt.memo.programs.values() for p in found if p.kernel)
-    def stop(*args): raise KeyboardInterrupt
-    monkeypatch.setattr(program, 'kernel', type('Kernel', (), dict(__call__=stop, sums=0, chunk=1))())
+    opt.step()
+    opt.step()
+    class Interrupted:
+        sums, chunk = 0, 1
+        def __call__(self, *args): raise KeyboardInterrupt
+    for found in opt.memo.programs.values():
+        for program in found:
+            if program.kernel: monkeypatch.setattr(program, 'kernel', Interrupted())
     before = ps[0].detach().clone()
     with pytest.raises(KeyboardInterrupt): opt.step()
     assert torch.equal(ps[0], before) and opt.state[ps[0]]['step'] == 2
