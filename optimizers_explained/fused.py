@@ -187,9 +187,9 @@ class Launch(NamedTuple):
     def run(self):
         """Step the batch, and then count the step: an interruption leaves no count
         ahead of its weights."""
-        params, *states = self.layout.pointers
-        grads = self.layout.gradients.addresses
-        self.kernel([params, grads, *states], self.layout, self.coefs)
+        layout = self.layout
+        columns = [layout.params, layout.gradients, *layout.states]
+        self.kernel([o.addresses for o in columns], layout, self.coefs)
         touch(self.batch.params)
         self.batch.set_numbers(self.numbers)
 

@@ -345,11 +345,6 @@ class Layout:
     def _written(self): # surveys of what a kernel writes
         return [self.params, *self.states]
 
-    @property
-    def pointers(self) -> list:
-        "The addresses of what a kernel writes: of the parameters, and of each state."
-        return [survey.addresses for survey in self._written()]
-
     def _compare(self, params, tensors, found):
         if found & DIFFERS:
             what = _difference(local(tensors), local(params))
