@@ -26,7 +26,8 @@ from unittest import mock
 
 import torch
 
-from optimizers_explained.core import StepOptimizer, sgd
+from optimizers_explained.core import StepOptimizer
+from optimizers_explained.steps import sgd
 
 HEAD = '''import inspect, math, random, torch
 from array import array

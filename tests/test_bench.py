@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from optimizers_explained import bench, comparison, contenders as who, stopwatch
+from optimizers_explained import bench
+from optimizers_explained.bench import comparison, contenders as who, stopwatch
 
 PROGRAM = 'import sys; from optimizers_explained.bench import main; sys.exit(main())'
 QUICK = ['--quick', '--sets', 'small,large', '--optimizers', 'SGD,Lion',

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from optimizers_explained import build
-from optimizers_explained.core import StepOptimizer, momentum, sgd
-from optimizers_explained.operations import Unfusable
+from optimizers_explained.speed import compiler
+from optimizers_explained.core import StepOptimizer
+from optimizers_explained.steps import momentum, sgd
+from optimizers_explained.speed.operations import Unfusable
 from optimizers_explained.problems import max_diff
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,9 +37,9 @@ def kernels(tmp_path, monkeypatch):
     monkeypatch.setenv('OPTIMIZERS_EXPLAINED_CACHE', str(tmp_path/'kernels'))
     monkeypatch.setattr(build, 'KERNELS', {})
     monkeypatch.setattr(build, 'HUNG', {}, raising=False)
-    build.compiler.cache_clear()
+    compiler.compiler.cache_clear()
     yield tmp_path/'kernels'
-    build.compiler.cache_clear()
+    compiler.compiler.cache_clear()
 
 
 def twice(p, g, state, *, scale=1.): return g*scale + g
@@ -65,9 +66,9 @@ def falls_back(reason, step=twice):
 
 def is_fused(step=twice):
     "A kernel has run without a warning, and its numbers are right."
-    before = len(build.KERNELS)
+    before = len(compiler.KERNELS)
     ps, told = trained(step, fused=True)
-    assert told == [] and len(build.KERNELS) > before
+    assert told == [] and len(compiler.KERNELS) > before
     assert max_diff(ps, trained(step)[0]) < 1e-6
     assert max_diff(ps, trained(twice if step is thrice else thrice)[0]) > 0.01
 
@@ -246,10 +247,10 @@ def test_a_killed_build_is_swept_up_later(tmp_path, kernels, monkeypatch):
     left, = kernels.iterdir()
     script(tmp_path/'slow', '#!/bin/sh\nexit 1\n')
     (kernels/'tmp').mkdir()                                        # not ours
-    build.library(SOURCE)
+    compiler.library(SOURCE)
     assert left.is_dir()                                           # perhaps in use
     for path in left, kernels/'tmp': os.utime(path, (0, 0))
-    build.library(SOURCE.replace('42', '43'))
+    compiler.library(SOURCE.replace('42', '43'))
     assert sorted(p.suffix or p.name for p in kernels.iterdir()) == 2*['.so'] + ['tmp']
 
 
@@ -291,7 +292,7 @@ def test_the_first_compiler_that_is_there(tmp_path):
     (tmp_path/'g++').symlink_to('nowhere')
     script(tmp_path/'c++', '#!/bin/sh\n', 0o644)
     script(tmp_path/'clang++', '#!/bin/sh\necho clang\n')
-    command, version = build.compiler(None, str(tmp_path))
+    command, version = compiler.compiler(None, str(tmp_path))
     assert command == (str(tmp_path/'clang++'),) and version.startswith('clang\n')
 
 
@@ -311,7 +312,7 @@ def test_a_compiler_that_lacks_a_flag(flags, tmp_path, monkeypatch):
     is_fused()
     assert max_diff(trained(fused=True)[0], want) == 0.
     fake(tmp_path, monkeypatch, refusing('-shared'))
-    build.compiler.cache_clear()
+    compiler.compiler.cache_clear()
     falls_back('unsupported option -shared', thrice)
 
 
@@ -343,7 +344,7 @@ def test_where_the_folder_is(env, place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, value in env.items(): monkeypatch.setenv(name, value)
     before = os.umask(0)
-    try: found = build.cache_dir()
+    try: found = compiler.cache_dir()
     finally: os.umask(before)
     parts = Path(place).parts
     assert found == tmp_path/place and os.listdir(tmp_path) == [parts[0]]
@@ -363,7 +364,7 @@ def test_no_home_is_needed(name, tmp_path, monkeypatch):
     monkeypatch.delenv('OPTIMIZERS_EXPLAINED_CACHE')
     monkeypatch.setenv(name, str(tmp_path/'elsewhere'))
     without_home(monkeypatch)
-    assert build.cache_dir().is_relative_to(tmp_path/'elsewhere')
+    assert compiler.cache_dir().is_relative_to(tmp_path/'elsewhere')
     is_fused()
 
 
@@ -432,7 +433,7 @@ def test_a_folder_that_is_deleted_meanwhile(kernels):
 @pytest.mark.parametrize('call', ['mkdir', 'fsync', 'replace'])
 def test_a_full_disk(call, kernels, monkeypatch):
     "Whatever it is that fails: one sentence with the folder's name, and nothing stays."
-    build.cache_dir()
+    compiler.cache_dir()
     real = getattr(os, call)
     def full(path, *args, **kwargs):
         if path == kernels: return real(path, *args, **kwargs)     # it is there
@@ -471,11 +472,11 @@ DAMAGES = dict(
 
 @pytest.mark.parametrize('what', DAMAGES)
 def test_a_damaged_file_is_built_again(what, kernels):
-    good = build.library(SOURCE)
+    good = compiler.library(SOURCE)
     content = good.read_bytes()
-    assert build.library(SOURCE) == good and good.stat().st_mode & 0o022 == 0
+    assert compiler.library(SOURCE) == good and good.stat().st_mode & 0o022 == 0
     DAMAGES[what](good)
-    again = build.library(SOURCE)
+    again = compiler.library(SOURCE)
     assert again.read_bytes() == content and not again.is_symlink()
     assert again.stat().st_uid == os.geteuid() and again.stat().st_mode & 0o022 == 0
     assert list(kernels.iterdir()) == [again] and ctypes.CDLL(str(again)).run() == 42
@@ -484,12 +485,12 @@ def test_a_damaged_file_is_built_again(what, kernels):
 @pytest.mark.parametrize('make', [os.mkfifo, os.mkdir])
 def test_no_file_in_place_of_one(make, kernels):
     "A pipe would be read for ever; a folder cannot be replaced."
-    good = build.library(SOURCE)
+    good = compiler.library(SOURCE)
     good.unlink()
     make(good)
-    if make is os.mkfifo: assert ctypes.CDLL(str(build.library(SOURCE))).run() == 42
+    if make is os.mkfifo: assert ctypes.CDLL(str(compiler.library(SOURCE))).run() == 42
     else:
-        with pytest.raises(Unfusable, match='cannot be written'): build.library(SOURCE)
+        with pytest.raises(Unfusable, match='cannot be written'): compiler.library(SOURCE)
 
 
 CRASH = '''
@@ -517,15 +518,15 @@ def test_cut_files_and_the_next_process(kernels):
 def test_umask_zero(kernels):
     "What is kept is for its user alone, and found again."
     before = os.umask(0)
-    try: path = build.library(SOURCE)
+    try: path = compiler.library(SOURCE)
     finally: os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     written = path.stat().st_mtime_ns
-    assert build.library(SOURCE).stat().st_mtime_ns == written
+    assert compiler.library(SOURCE).stat().st_mtime_ns == written
 
 
 def test_several_processes_and_a_damaged_file(kernels):
-    build.library(SOURCE)
+    compiler.library(SOURCE)
     good, = kernels.iterdir()
     content = good.read_bytes()
     os.truncate(good, 5000)
@@ -534,7 +535,7 @@ def test_several_processes_and_a_damaged_file(kernels):
         pid = os.fork()
         if not pid:
             right = False
-            try: right = ctypes.CDLL(str(build.library(SOURCE))).run() == 42
+            try: right = ctypes.CDLL(str(compiler.library(SOURCE))).run() == 42
             finally: os._exit(0 if right else 1)
         children.append(pid)
     assert [os.waitpid(pid, 0)[1] for pid in children] == [0]*6
@@ -549,7 +550,7 @@ def test_a_folder_that_is_renamed_after_the_check(tmp_path, kernels, monkeypatch
         kernels.rename(tmp_path/'checked')
         (tmp_path/'evil').mkdir(exist_ok=True)
         (tmp_path/'evil').rename(kernels)
-    good = build.library(SOURCE)
+    good = compiler.library(SOURCE)
     evil = tmp_path/'evil'/good.name
     evil.parent.mkdir()
     good_content = good.read_bytes()
@@ -558,18 +559,18 @@ def test_a_folder_that_is_renamed_after_the_check(tmp_path, kernels, monkeypatch
     def load(path):
         swap()
         return ctypes.CDLL(path)
-    assert build.load(SOURCE, 'run', load)() == 42
+    assert compiler.load(SOURCE, 'run', load)() == 42
     assert ctypes.CDLL(str(kernels/good.name)).run() == 666        # by its name
     other = SOURCE.replace('42', '43')
     (tmp_path/'evil').mkdir()
     shutil.rmtree(kernels)
     (tmp_path/'checked').rename(kernels)
-    real = build.run
+    real = compiler.run
     def run(*args, **kwargs):
         if kwargs.get('folder'): swap()
         return real(*args, **kwargs)
     monkeypatch.setattr(build, 'run', run)
-    build.library(other)
+    compiler.library(other)
     assert len(os.listdir(tmp_path/'checked')) == 2 and os.listdir(kernels) == []
 
 
@@ -578,14 +579,15 @@ def test_a_triton_kernel_needs_no_file(kernels):
     pytest.importorskip('triton', reason='Triton is not installed')
     code = '''
 import warnings, torch
-from optimizers_explained import build, fused, optim
+from optimizers_explained import optim
+from optimizers_explained.speed import compiler, dispatch
 warnings.simplefilter('error')
-fused.BACKENDS['cpu'] = build.TritonKernel
+dispatch.BACKENDS['cpu'] = compiler.TritonKernel
 p = torch.ones(3, requires_grad=True)
 p.grad = torch.ones(3)
 opt = optim.SGD([p], lr=0.5, fused=True)
 opt.step()
-print(p.tolist(), any('phase0' in str(k) for k in build.KERNELS))
+print(p.tolist(), any('phase0' in str(k) for k in compiler.KERNELS))
 '''
     kernels.touch()                                                # there is no folder
     out = python(code, TRITON_INTERPRET='1', CXX='/no/such')
@@ -595,7 +597,8 @@ print(p.tolist(), any('phase0' in str(k) for k in build.KERNELS))
 # --- forked children
 FORK = '''
 import hashlib, os, time, warnings, torch
-from optimizers_explained import build, optim
+from optimizers_explained import optim
+from optimizers_explained.speed import compiler
 warnings.simplefilter('error')                       # all steps have kernels
 torch.set_num_threads(2)
 def stepped(name, sizes):
@@ -603,7 +606,7 @@ def stepped(name, sizes):
     for p in ps: p.grad = torch.ones_like(p)
     opt = getattr(optim, name)(ps, lr=0.01, fused=True)
     for _ in range(2): opt.step()
-    assert build.KERNELS
+    assert compiler.KERNELS
     return opt, ps
 def bits(ps):
     content = b''.join(p.detach().numpy().tobytes() for p in ps)
@@ -622,7 +625,7 @@ def child(opt, ps, depth=1):
     pid = os.fork()
     if not pid:
         if depth > 1: os._exit(0 if child(opt, ps, depth - 1)[0] == 0 else 1)
-        build.FORKED = [p.numel() for p in ps] != [3]  # one chunk: a plain loop anyhow
+        compiler.FORKED = [p.numel() for p in ps] != [3]  # one chunk: a plain loop anyhow
         opt.step()
         os.write(write, bits(ps).encode())
         os._exit(0)
@@ -651,7 +654,8 @@ def test_forked_children():
 WORKERS = '''
 import multiprocessing, torch
 from torch.utils.data import DataLoader, Dataset
-from optimizers_explained import build, optim
+from optimizers_explained import optim
+from optimizers_explained.speed import compiler
 torch.set_num_threads(2)
 ps = [torch.ones(70_000, requires_grad=True) for _ in range(4)]
 for p in ps: p.grad = torch.ones_like(p)
@@ -662,11 +666,11 @@ class Data(Dataset):
     def __getitem__(self, i):
         torch.set_num_threads(2)
         opt.step()
-        return build.threads()
+        return compiler.threads()
 way = dict(num_workers=2, multiprocessing_context='fork', timeout=60)
 print([int(n) for n in DataLoader(Data(), **way)])
 with multiprocessing.get_context('fork').Pool(1) as pool:
-    print(pool.apply_async(opt.step).get(60), build.threads())
+    print(pool.apply_async(opt.step).get(60), compiler.threads())
 '''
 
 def test_workers():

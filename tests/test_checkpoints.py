@@ -11,14 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from optimizers_explained import callback, composer, judge, optim
-from optimizers_explained.adam import adam
+from optimizers_explained import callback, composer, optim
+from optimizers_explained.contract import workbench
+from optimizers_explained.steps import adam
 from optimizers_explained.checkpoint import as_count, as_number, convert_state
 from optimizers_explained.contract import exercised
-from optimizers_explained.core import StepOptimizer, l2, momentum, sgd
-from optimizers_explained.judge import agree, leaves, same, train, trained, twins
+from optimizers_explained.core import StepOptimizer
+from optimizers_explained.steps import l2, momentum, sgd
+from optimizers_explained.contract.workbench import (
+    agree, leaves, same, train, trained, twins)
 from optimizers_explained.problems import max_diff
-from optimizers_explained.wrapper import OptimWrapper
+from optimizers_explained.callback.wrapper import OptimWrapper
 
 WAYS = dict(loop=dict(foreach=False), foreach=dict(foreach=True),
             fused=dict(fused=True))
@@ -76,12 +79,12 @@ def test_an_empty_group_changes_nothing(name, way):
     opt.add_param_group({'params': leaves((5,))})
     assert len(opt.param_groups) == 3 and 'Parameter Group 1' in repr(opt)
 
-@pytest.mark.parametrize('name', judge.SCHEDULERS)
+@pytest.mark.parametrize('name', workbench.SCHEDULERS)
 def test_a_scheduler_drives_an_empty_group(name):
     def rates(groups):
         ps = leaves()
         opt = make_of('SGD')(groups(ps))
-        sched, seen = judge.SCHEDULERS[name](opt), []
+        sched, seen = workbench.SCHEDULERS[name](opt), []
         for t in range(8):
             train(opt, ps, [t])
             sched.step(*[1.]*(name == 'ReduceLROnPlateau'))

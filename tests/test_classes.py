@@ -18,12 +18,14 @@ import torch
 from torch.optim import lr_scheduler
 
 from optimizers_explained import optim
-from optimizers_explained.adam import adam
+from optimizers_explained.steps import adam
 from optimizers_explained.basic import fit
 from optimizers_explained.contract import exercised
-from optimizers_explained.core import StepOptimizer, decay, decay_rel, lion, sgd
+from optimizers_explained.core import StepOptimizer
+from optimizers_explained.steps import decay, decay_rel, lion, sgd
 from optimizers_explained.core import untraced
-from optimizers_explained.judge import SCHEDULERS, feed, leaves, refused, train, twins
+from optimizers_explained.contract.workbench import (
+    SCHEDULERS, feed, leaves, refused, train, twins)
 from optimizers_explained.problems import max_diff
 
 SPEEDS = dict(

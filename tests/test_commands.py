@@ -20,7 +20,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from optimizers_explained import bench, command, race, rosetta
+from optimizers_explained import bench, commands, race, rosetta
 from optimizers_explained.rosetta import optimizers
 
 MAINS = {'oe-translate': rosetta.main, 'oe-race': race.main, 'oe-bench': bench.main}
@@ -364,7 +364,7 @@ def test_a_limit_on_files_is_met_in_words(tmp_path):
 
 
 def test_a_full_disk_at_the_start(tmp_path, monkeypatch, ran):
-    monkeypatch.setattr(command.tempfile, 'TemporaryFile', disk_is_full)
+    monkeypatch.setattr(commands.tempfile, 'TemporaryFile', disk_is_full)
     end = ran('oe-race', '--out', tmp_path)
     check_one_line(end, 3, 'oe-race', 'No space left on device')
     assert end.out == ''

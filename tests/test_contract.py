@@ -10,13 +10,16 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from optimizers_explained import contract, judge, kinds, manners, optim
-from optimizers_explained.adam import adam
+from optimizers_explained import contract, optim
+from optimizers_explained.contract import workbench, tensors, training
+from optimizers_explained.steps import adam
 from optimizers_explained.contract import ROWS, exercised
-from optimizers_explained.core import StepOptimizer, decay, sgd
-from optimizers_explained.judge import leaves, refused, train, trained, twins
+from optimizers_explained.core import StepOptimizer
+from optimizers_explained.steps import decay, sgd
+from optimizers_explained.contract.workbench import (
+    leaves, refused, train, trained, twins)
 from optimizers_explained.problems import max_diff
-from optimizers_explained.trust import lars, trust
+from optimizers_explained.steps import lars, trust
 from recorded import RUNS, replay
 
 pytestmark = [
@@ -51,7 +54,7 @@ def optimi(name, **kw):
     return make
 
 
-def apart(make): return partial(judge.Apart, make)   # it counts steps of a whole group
+def apart(make): return partial(workbench.Apart, make)   # it counts steps of a whole group
 def of(cls, **kw): return partial(cls, **{**dict(lr=LR), **kw})
 
 
@@ -175,7 +178,7 @@ def test_row(row, case, speed): ROWS[row](make_of(case, speed))
 @pytest.mark.parametrize('case,library', PAIRS)
 def test_numbers(case, library, speed):
     reference = CASES[case].references[library]
-    judge.has_the_reference_numbers(make_of(case, speed), reference)
+    workbench.has_the_reference_numbers(make_of(case, speed), reference)
 
 
 OPTIMIS = dict(Adam=optimi('Adam', **BOTH, **WD), AdamW=optimi('AdamW', **BOTH, **WD),
@@ -189,18 +192,18 @@ def test_numbers_of_optimi(name, reference):
         ps, path = leaves(), []
         opt = make(ps)
         for t in range(50):
-            opt.param_groups[0]['lr'] = LR*judge.warm_up_cosine(t)
+            opt.param_groups[0]['lr'] = LR*workbench.warm_up_cosine(t)
             path += train(opt, ps, [t])
         return path
     make = of(getattr(optim, name), **BOTH, **WD)
     assert max_diff(run(make), run(reference)) < 1e-12
-    with pytest.raises(AssertionError): judge.has_the_reference_numbers(make, reference)
+    with pytest.raises(AssertionError): workbench.has_the_reference_numbers(make, reference)
 
 
 def test_lamb_of_fastai():
     """Its decay stands before Adam, outside of the ratio: the same steps
     in another order. And it caps the ratio at 10."""
-    equal, fast = judge.has_the_reference_numbers, partial(fastai, 'Lamb', **FAST)
+    equal, fast = workbench.has_the_reference_numbers, partial(fastai, 'Lamb', **FAST)
     def make(ps, **kw):
         hypers = {**dict(lr=LR), **SHORT, **WD, **kw}
         return StepOptimizer(ps, [decay, adam, trust, sgd], **hypers)
@@ -223,7 +226,7 @@ def of_zeros(make, dtype=torch.float64):
     ps = twins([zeros, a, zeros, b])
     opt = make(ps)
     for t in range(5):
-        judge.feed(ps, t)
+        workbench.feed(ps, t)
         for p in ps[1:3]: p.grad.zero_()
         opt.step()
     return ps
@@ -260,7 +263,7 @@ def test_numbers_notice_a_fault(case, library):
     for wrong in dict(lr=LR*1.000001), dict(weight_decay=more):
         make = partial(make_of(case), **wrong)
         with pytest.raises(AssertionError, match='50 steps'):
-            judge.has_the_reference_numbers(make, CASES[case].references[library])
+            workbench.has_the_reference_numbers(make, CASES[case].references[library])
 
 
 @pytest.mark.parametrize('case', [c for c in CASES if 'torch' in CASES[c].references])
@@ -289,16 +292,16 @@ def promises(module):
 def test_every_row_is_in_the_table():
     found = set()
     for module in judge, kinds, manners, contract: found |= {*promises(module)}
-    assert found - set(ROWS.values()) == {judge.trained, contract.contract}
+    assert found - set(ROWS.values()) == {workbench.trained, contract.contract}
     for module in judge, kinds, manners:
-        assert set(module.ROWS.values()) == {*promises(module)} - {judge.trained}
+        assert set(module.ROWS.values()) == {*promises(module)} - {workbench.trained}
         assert module.ROWS.items() <= ROWS.items()
     assert len(ROWS) == len(found) - 2 and len(ROWS) >= 28
 
 
 def test_a_row_of_ones_own():
     def is_an_optimizer(make): assert isinstance(make(leaves()), torch.optim.Optimizer)
-    own = judge.rows(is_an_optimizer)
+    own = workbench.rows(is_an_optimizer)
     assert contract.contract(of(T.SGD), promises=own) == {'is an optimizer': 'ok'}
     table = contract.contract_table({'none': list}, promises=own)
     assert ('none', 'is an optimizer') in table.failures()
@@ -310,7 +313,7 @@ def test_every_scheduler_has_a_recipe():
     for name, c in vars(lr_scheduler).items():
         if not inspect.isclass(c) or name.startswith('_'): continue
         if issubclass(c, lr_scheduler.LRScheduler): classes.add(name)
-    assert classes - {'LRScheduler'} == set(judge.SCHEDULERS)
+    assert classes - {'LRScheduler'} == set(workbench.SCHEDULERS)
 
 
 def averages(p, g, state, *, factors=(0.5, 0.8, 0.9)):
@@ -332,15 +335,15 @@ class FirstFactors(StepOptimizer):
 def test_any_tuple_of_numbers_is_changed():
     tuples = dict(betas=(0.98, 0.92, 0.99), factors=(0.5, 0.8, 0.9))
     wanted = dict(betas=(0.49, 0.46, 0.495), factors=(0.45, 0.9*0.8, 0.81))
-    assert manners.other_values(tuples) == wanted
+    assert training.other_values(tuples) == wanted
     others = dict(names=('a', 'b'), on=(True, False), eps=1.)
-    assert manners.other_values(others) == dict(eps=10.)
+    assert training.other_values(others) == dict(eps=10.)
     steps = dict(steps=[averages, sgd], lr=LR)
-    manners.keeps_groups_apart(partial(StepOptimizer, **steps))
+    training.keeps_groups_apart(partial(StepOptimizer, **steps))
     with pytest.raises(AssertionError, match='a group with factors='):
-        manners.keeps_groups_apart(partial(FirstFactors, **steps))
-    manners.keeps_groups_apart(of(timm.Adan))                    # three betas
-    manners.keeps_groups_apart(partial(T.Rprop, lr=0.01))       # limits out of reach
+        training.keeps_groups_apart(partial(FirstFactors, **steps))
+    training.keeps_groups_apart(of(timm.Adan))                    # three betas
+    training.keeps_groups_apart(partial(T.Rprop, lr=0.01))       # limits out of reach
 
 
 @pytest.mark.filterwarnings('ignore:optimizer contains a parameter group with dup')
@@ -500,7 +503,7 @@ def test_a_step_that_changes_the_gradient():
     quiet = partial(StepOptimizer, steps=[in_place, sgd], lr=LR)
     quiet([p]).step()                             # it runs, and only the row notices
     with pytest.raises(AssertionError, match='p.grad has changed'):
-        manners.leaves_gradients_alone(quiet)
+        training.leaves_gradients_alone(quiet)
 
 
 class Mistake(NamedTuple):

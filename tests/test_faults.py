@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from optimizers_explained import optim
-from optimizers_explained.adam import adam
+from optimizers_explained.steps import adam
 from optimizers_explained.contract import ROWS, contract
-from optimizers_explained.core import StepOptimizer, decay, flip, l2, momentum, sgd
-from optimizers_explained.judge import leaves
+from optimizers_explained.core import StepOptimizer
+from optimizers_explained.steps import decay, flip, l2, momentum, sgd
+from optimizers_explained.contract.workbench import leaves
 
 
 class Kind(NamedTuple):

@@ -17,13 +17,15 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from optimizers_explained import build, fused, layout, optim
-from optimizers_explained.adam import adam
+from optimizers_explained import optim
+from optimizers_explained.speed import compiler, dispatch, memory
+from optimizers_explained.steps import adam
 from optimizers_explained.checks import takes
 from optimizers_explained.contract import exercised
-from optimizers_explained.core import StepOptimizer, decay, ema, l2, momentum, sgd
+from optimizers_explained.core import StepOptimizer
+from optimizers_explained.steps import decay, ema, l2, momentum, sgd
 from optimizers_explained.problems import max_diff
-from optimizers_explained.trust import lars, trust
+from optimizers_explained.steps import lars, trust
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = [(3,), (2, 4), (100, 70), (5, 5, 3, 3),
@@ -124,7 +126,7 @@ def train(make, steps=14, dtype=torch.float32, at=None, switch=None):
 def asking(request, monkeypatch):
     "Tensors tell where they are through DLPack, or one by one, as in older torch."
     if request.param == 'Python': monkeypatch.setattr(layout, 'looker', lambda: None)
-    elif not layout.looker(): pytest.skip('this torch has no table of DLPack functions')
+    elif not memory.looker(): pytest.skip('this torch has no table of DLPack functions')
 
 
 def programs(opt): return [p for found in opt.memo.programs.values() for p in found]
@@ -260,7 +262,7 @@ def compiler_fails(folder, monkeypatch):
     return 'cannot build it'
 
 def another_system(folder, monkeypatch):
-    monkeypatch.setattr(build, 'FLAGS', (*build.FLAGS, '--no-such-flag'))
+    monkeypatch.setattr(build, 'FLAGS', (*compiler.FLAGS, '--no-such-flag'))
     return 'cannot build it'
 
 MISSING = [no_compiler, folder_cannot_be_made, folder_is_open, compiler_fails,
@@ -269,7 +271,7 @@ MISSING = [no_compiler, folder_cannot_be_made, folder_is_open, compiler_fails,
 @pytest.mark.parametrize('what', MISSING, ids=lambda what: what.__name__)
 def test_what_is_missing(what, tmp_path, monkeypatch):
     "The steps run as a loop, with one warning, and no file is left."
-    build.compiler.cache_clear()
+    compiler.compiler.cache_clear()
     monkeypatch.setattr(build, 'KERNELS', {})
     monkeypatch.setenv('OPTIMIZERS_EXPLAINED_CACHE', str(tmp_path/'kernels'))
     reason = what(tmp_path, monkeypatch)
@@ -280,7 +282,7 @@ def test_what_is_missing(what, tmp_path, monkeypatch):
     told = warned(make(a, fused=True))
     other = make(b)
     for _ in range(3): other.step()
-    build.compiler.cache_clear()
+    compiler.compiler.cache_clear()
     assert len(told) == 1 and reason in told[0]
     assert max_diff(a, b) == 0.
     assert not list(tmp_path.glob('kernels/*'))
@@ -524,7 +526,7 @@ def test_large_tensors_in_rows(name, dtype, monkeypatch):
         return train(partial(of_steps, CHAINS[name], **way), steps, dtype)
     whole, cut = run(), []
     monkeypatch.setattr(fused, 'PIECE', 10)
-    in_rows = fused.in_rows
+    in_rows = dispatch.in_rows
     def watched(run, batch):
         cut.append(batch.params[0].shape)
         in_rows(run, batch)
@@ -614,17 +616,18 @@ def test_kernels_do_not_depend_on_numbers_or_shapes(monkeypatch):
             for p in ps: p.grad = torch.ones_like(p)
             opt.step()
             sched.step()
-    assert len(build.KERNELS) == 1
+    assert len(compiler.KERNELS) == 1
 
 
 RACE = '''
 import sys, torch
-from optimizers_explained import build, optim
+from optimizers_explained import optim
+from optimizers_explained.speed import compiler
 p = torch.ones(1000, requires_grad=True)
 p.grad = torch.ones(1000)
 opt = optim.AdamW([p], lr=0.5, fused=True)
 for _ in range(3): opt.step()
-print(p.sum().item(), len(build.KERNELS), opt.memo.told - {''})
+print(p.sum().item(), len(compiler.KERNELS), opt.memo.told - {''})
 '''
 
 def test_concurrent_processes(tmp_path):
@@ -638,7 +641,7 @@ def test_concurrent_processes(tmp_path):
     runs = [start() for _ in range(4)]
     outs = {r.communicate()[0] for r in runs}
     assert len(outs) == 1 and outs.pop().endswith('1 set()\n')
-    expected = 2 if layout.looker() else 1           # with `layout.LOOK`
+    expected = 2 if memory.looker() else 1           # with `memory.LOOK`
     assert [f.suffix for f in kernels.iterdir()] == ['.so']*expected
     assert kernels.stat().st_mode & 0o777 == 0o700
 
@@ -714,8 +717,8 @@ INTERPRETED = '''
 import sys, torch
 sys.path.insert(0, 'tests')
 import test_fused as t
-from optimizers_explained import build, fused
-fused.BACKENDS['cpu'] = build.TritonKernel
+from optimizers_explained.speed import compiler, dispatch
+dispatch.BACKENDS['cpu'] = compiler.TritonKernel
 t.SHAPES = (3,), (2, 4), (40, 30), (5, 2, 1, 3), (7,), (), (0, 3)
 for name, steps in t.CHAINS.items():
     for dtype, tol in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
@@ -760,4 +763,4 @@ def test_no_number_is_written_into_a_kernel():
             if program.reason is not None: continue
             source = program.kernel.source.replace('T(0.5)', '')
             assert not re.findall(r'\d\.\d', source)
-    assert fused.LIMIT >= 2
+    assert dispatch.LIMIT >= 2

@@ -12,8 +12,8 @@ import fuzz
 import pytest
 import torch
 
-from optimizers_explained import operations
-from optimizers_explained.multi_tensor import PIECE
+from optimizers_explained.speed import operations
+from optimizers_explained.speed.lists import PIECE
 
 @pytest.fixture(scope='module')
 def clean():

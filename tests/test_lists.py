@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 import torch
 
-from optimizers_explained.adam import adam
+from optimizers_explained.steps import adam
 from optimizers_explained.checks import Ambiguous, Checked, name_of, takes
-from optimizers_explained.core import StepOptimizer, decay, decay_rel, ema, flip, l2
-from optimizers_explained.core import lion, momentum, sgd
-from optimizers_explained.multi_tensor import TensorList
-from optimizers_explained.outside import Alone, Outside, Together
-from optimizers_explained.outside import alone, flags, watched
-from optimizers_explained.trust import lars, trust
+from optimizers_explained.core import StepOptimizer
+from optimizers_explained.steps import decay, decay_rel, ema, flip, l2
+from optimizers_explained.steps import lion, momentum, sgd
+from optimizers_explained.speed.lists import TensorList
+from optimizers_explained.speed.outside import Alone, Outside, Together
+from optimizers_explained.speed.outside import alone, flags, watched
+from optimizers_explained.steps import lars, trust
 
 INF, NAN = math.inf, math.nan
 SPECIAL = [INF, -INF, NAN, 0., -0., 1e-40, -1e-40, 1., -1., 2.5, -0.3, 1e4]

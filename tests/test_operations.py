@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from optimizers_explained import operations
-from optimizers_explained.core import StepOptimizer, sgd
-from optimizers_explained.kernels import Cpp
-from optimizers_explained.operations import (
+from optimizers_explained.speed import operations
+from optimizers_explained.core import StepOptimizer
+from optimizers_explained.steps import sgd
+from optimizers_explained.speed.cpp import Cpp
+from optimizers_explained.speed.operations import (
     OPS, SAME, Function, Missing, Row, Unfusable, functions, row_of)
-from optimizers_explained.recorder import record
-from optimizers_explained.triton_kernels import Triton
+from optimizers_explained.speed.recorder import record
+from optimizers_explained.speed.triton import Triton
 
 ROOT = Path(__file__).resolve().parents[1]
 INF, NAN = float('inf'), float('nan')
@@ -437,12 +438,12 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 sys.path.insert(0, 'tests')
 warnings.simplefilter('ignore')
 import test_operations as t
-from optimizers_explained import build, fused
+from optimizers_explained.speed import compiler, dispatch
 def compared(create): return lambda *args: TensorHandle(create(*args).data, tl.int1)
 for name in dir(InterpreterBuilder): # it forgets that a comparison of scalars is a mask
     if name.startswith(('create_fcmp', 'create_icmp')):
         setattr(InterpreterBuilder, name, compared(getattr(InterpreterBuilder, name)))
-fused.BACKENDS['cpu'] = build.TritonKernel
+dispatch.BACKENDS['cpu'] = compiler.TritonKernel
 for dtype, close in ((torch.float32, 1e-5), (torch.float64, 1e-11)): # fma rounds twice
     torch.set_default_dtype(dtype)
     ks, tolerance = {'float': (0.3, t.NAN)}, t.Tolerance(close, close/10)

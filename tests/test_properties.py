@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from optimizers_explained import optim
 from optimizers_explained.contract import exercised
-from optimizers_explained.core import StepOptimizer, flip, l2, sgd
-from optimizers_explained.judge import same, twins
+from optimizers_explained.core import StepOptimizer
+from optimizers_explained.steps import flip, l2, sgd
+from optimizers_explained.contract.workbench import same, twins
 
 COUNT = Counter()
 BUDGET = dict(equals_torch=300, interrupted=300, from_torch_and_back=200, misfits=200)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from optimizers_explained import command as commands, race
+from optimizers_explained import commands as commands, race
 from optimizers_explained.composer import DecoupledSGDW
 
 

@@ -19,10 +19,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from optimizers_explained import optim, recorder
-from optimizers_explained.core import StepOptimizer, sgd
-from optimizers_explained.operations import LOCK, Unfusable, symbolic_math, unchanged
-from optimizers_explained.recorder import record
+from optimizers_explained import optim
+from optimizers_explained.speed import recorder
+from optimizers_explained.core import StepOptimizer
+from optimizers_explained.steps import sgd
+from optimizers_explained.speed.operations import (
+    LOCK, Unfusable, symbolic_math, unchanged)
+from optimizers_explained.speed.recorder import record
 
 REASON = 'fused=True, and still some parameters are stepped without a kernel: '
 FOREIGN = 'a tensor that is neither p, g nor in the state'

@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
-from optimizers_explained import fused, layout, optim
-from optimizers_explained.core import StepOptimizer, decay, momentum, sgd
+from optimizers_explained import optim
+from optimizers_explained.speed import dispatch, memory
+from optimizers_explained.core import StepOptimizer
+from optimizers_explained.steps import decay, momentum, sgd
 
 FAST = dict(foreach=dict(foreach=True), fused=dict(fused=True))
 WAYS = dict(loop=dict(foreach=False), **FAST)
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:fused=True, and still')
 def asking(request, monkeypatch):
     "Tensors tell where they are through DLPack, or one by one, as in older torch."
     if request.param == 'Python': monkeypatch.setattr(layout, 'looker', lambda: None)
-    elif not layout.looker(): pytest.skip('this torch has no table of DLPack functions')
+    elif not memory.looker(): pytest.skip('this torch has no table of DLPack functions')
 
 
 def ones(*shapes, dtype=torch.float32):
@@ -450,12 +452,12 @@ def test_an_interruption_before_the_launch(error, monkeypatch):
     opt = optim.AdamW(ps, lr=0.1, fused=True)
     opt.step()
     opt.step()
-    ran, run = [], fused.Launch.run
+    ran, run = [], dispatch.Launch.run
     def interrupted(launch):
         if ran: raise error
         ran.append(launch)
         run(launch)
-    monkeypatch.setattr(fused.Launch, 'run', interrupted)
+    monkeypatch.setattr(dispatch.Launch, 'run', interrupted)
     before = [p.detach().clone() for p in ps]
     with pytest.raises(error): opt.step()
     moved = [not torch.equal(p, q) for p, q in zip(ps, before)]

@@ -21,7 +21,7 @@ import torch
 
 from optimizers_explained import rosetta
 from optimizers_explained.problems import max_diff
-from optimizers_explained.recipes import installed
+from optimizers_explained.translate.recipes import installed
 from optimizers_explained.rosetta import arguments, canonical, constructor, copied
 from optimizers_explained.rosetta import follow, optimizers, schedules, set_lr
 from optimizers_explained.rosetta import translate

@@ -150,7 +150,7 @@ def test_sidebar(site, nbs):
     assert findings() == []
     missing = findings('[00_help.ipynb]', '[]')
     repeated = findings('[00_help.ipynb]', '[00_help.ipynb, 01_page.ipynb]')
-    unknown = findings('[]', '[20_race.ipynb]')
+    unknown = findings('[]', '[60_race.ipynb]')
     moved = findings('[index.ipynb, 01_page.ipynb]', '[01_page.ipynb, index.ipynb]')
     renamed = findings('Reference', 'Others')
     assert 'lists 00_help.ipynb 0 times' in missing[0]
@@ -188,7 +188,7 @@ def page(readme, cfg, nbs, monkeypatch, *cells):
     notebook(nbs/'index.ipynb', *cells)
     return readme.readme(nbs.parent)['README.md'].decode()
 
-LAST_CELL = '''See [a](04_composer.ipynb#twice), [b](#part),
+LAST_CELL = '''See [a](10_composer.ipynb#twice), [b](#part),
 [c](https://x.example/y.ipynb),
 ![d](images/d.png),
 [e](../LICENSE).
@@ -242,7 +242,7 @@ ls [x](y.ipynb)
 '''
 
 def test_readme_of_a_notebook(readme, cfg, nbs, monkeypatch):
-    badge = {'text/markdown': '[next](01_sgd.ipynb)', 'text/plain': '<Markdown>'}
+    badge = {'text/markdown': '[next](01_basic.ipynb)', 'text/plain': '<Markdown>'}
     text = page(
         readme, cfg, nbs, monkeypatch,
         '# Lib\n\n> One line',
@@ -251,7 +251,7 @@ def test_readme_of_a_notebook(readme, cfg, nbs, monkeypatch):
         ('#| echo: false\nbadge()', badge),
         ('#| output: false\nquiet()', {'text/plain': 'noise'}),
         ('1 + 1', {'text/plain': '2'}),
-        ('#| output: asis\nprint(table)', '| a [b](05_torch_sgd.ipynb) |\n'),
+        ('#| output: asis\nprint(table)', '| a [b](11_torch_sgd.ipynb) |\n'),
         ('print(3)', '3\n'),
         LAST_CELL)
     head, rest = text.split('\n\n', 1)

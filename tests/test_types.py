@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 from torch.optim import lr_scheduler
 from optimizers_explained import optim
-from optimizers_explained.core import Params, StepOptimizer, momentum, sgd
+from optimizers_explained.core import Params, StepOptimizer
+from optimizers_explained.steps import momentum, sgd
 
 model = torch.nn.Linear(2, 1)
 ps = list(model.parameters())
