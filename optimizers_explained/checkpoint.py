@@ -29,6 +29,7 @@ __all__ = ['WRAPPERS', 'ANYBODYS', 'as_count', 'as_number', 'torchs_hypers', 'ch
 # %% ../nbs/26_checkpoint.ipynb #720553d8
 import copy
 import inspect
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -161,14 +162,20 @@ def is_own(
     step, # of an optimizer
 ) -> bool:
     "Whether it is a step of this package, not a reader's."
-    while hasattr(step, 'func'): step = step.func           # a partial, or Checked
     here = name_of.__module__.partition('.')[0]
-    return getattr(step, '__module__', '').partition('.')[0] == here
+    return getattr(_innermost(step), '__module__', '').partition('.')[0] == here
+
+def _innermost(step):
+    return _innermost(step.func) if hasattr(step, 'func') else step  # partial, Checked
 
 def keeps(
     step, # of this package
 ) -> dict: # a state: key to tensor or number
     "What a step leaves in the state of a parameter: run once, with all switched on."
+    return _left_by(_innermost(step))
+
+@cache
+def _left_by(step):
     hypers = {k: _switched_on(v) for k, v in takes(step).items()}
     p, g, state = torch.ones(2, 3), torch.ones(2, 3), {}
     step(p, g, state, **hypers)
@@ -385,6 +392,7 @@ def settle(
     "Make numbers of step counts that have come into `opt.state` as tensors."
     first = opt.state.get(params[0]) if params else None
     if first and not isinstance(first.get('step'), Tensor): return   # nearly always
+    if not any(opt.state.values()): return                  # steps without a memory
     if not any('step' in keeps(f) for f in opt.steps if is_own(f)): return
     for state in filter(None, map(opt.state.get, params)):
         state['step'] = as_number(state['step'])
