@@ -35,8 +35,8 @@ def kernels(tmp_path, monkeypatch):
     "A process that has built nothing, and the folder that it will use."
     for name in NAMES: monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv('OPTIMIZERS_EXPLAINED_CACHE', str(tmp_path/'kernels'))
-    monkeypatch.setattr(build, 'KERNELS', {})
-    monkeypatch.setattr(build, 'HUNG', {}, raising=False)
+    monkeypatch.setattr(compiler, 'KERNELS', {})
+    monkeypatch.setattr(compiler, 'HUNG', {}, raising=False)
     compiler.compiler.cache_clear()
     yield tmp_path/'kernels'
     compiler.compiler.cache_clear()
@@ -307,7 +307,7 @@ LACKS = ['-fopenmp'], ['-march=native'], ['-fopenmp', '-march=native']
 def test_a_compiler_that_lacks_a_flag(flags, tmp_path, monkeypatch):
     "It is asked again with less, and the numbers are the same."
     want = trained(fused=True)[0]
-    monkeypatch.setattr(build, 'KERNELS', {})
+    monkeypatch.setattr(compiler, 'KERNELS', {})
     fake(tmp_path, monkeypatch, refusing(*flags))
     is_fused()
     assert max_diff(trained(fused=True)[0], want) == 0.
@@ -569,7 +569,7 @@ def test_a_folder_that_is_renamed_after_the_check(tmp_path, kernels, monkeypatch
     def run(*args, **kwargs):
         if kwargs.get('folder'): swap()
         return real(*args, **kwargs)
-    monkeypatch.setattr(build, 'run', run)
+    monkeypatch.setattr(compiler, 'run', run)
     compiler.library(other)
     assert len(os.listdir(tmp_path/'checked')) == 2 and os.listdir(kernels) == []
 

@@ -125,7 +125,7 @@ def train(make, steps=14, dtype=torch.float32, at=None, switch=None):
 @pytest.fixture(params=['C++', 'Python'])
 def asking(request, monkeypatch):
     "Tensors tell where they are through DLPack, or one by one, as in older torch."
-    if request.param == 'Python': monkeypatch.setattr(layout, 'looker', lambda: None)
+    if request.param == 'Python': monkeypatch.setattr(memory, 'looker', lambda: None)
     elif not memory.looker(): pytest.skip('this torch has no table of DLPack functions')
 
 
@@ -262,7 +262,7 @@ def compiler_fails(folder, monkeypatch):
     return 'cannot build it'
 
 def another_system(folder, monkeypatch):
-    monkeypatch.setattr(build, 'FLAGS', (*compiler.FLAGS, '--no-such-flag'))
+    monkeypatch.setattr(compiler, 'FLAGS', (*compiler.FLAGS, '--no-such-flag'))
     return 'cannot build it'
 
 MISSING = [no_compiler, folder_cannot_be_made, folder_is_open, compiler_fails,
@@ -272,7 +272,7 @@ MISSING = [no_compiler, folder_cannot_be_made, folder_is_open, compiler_fails,
 def test_what_is_missing(what, tmp_path, monkeypatch):
     "The steps run as a loop, with one warning, and no file is left."
     compiler.compiler.cache_clear()
-    monkeypatch.setattr(build, 'KERNELS', {})
+    monkeypatch.setattr(compiler, 'KERNELS', {})
     monkeypatch.setenv('OPTIMIZERS_EXPLAINED_CACHE', str(tmp_path/'kernels'))
     reason = what(tmp_path, monkeypatch)
     a, b = with_grads(), with_grads()
@@ -466,7 +466,7 @@ def test_waves(name, monkeypatch):
     """Small tensors dealt out whole, large ones stepped by all threads.
 
     The numbers are the loop's, and the same bits with any number of threads."""
-    monkeypatch.setattr(layout, 'WAVE', 2000)
+    monkeypatch.setattr(memory, 'WAVE', 2000)
     shapes = [(30, 30)]*20 + [(700, 700)] + [(40, 10)]*20 + [(3, 2)]
     def stepped(scale, way):
         ps, gen = leaves(shapes=shapes), torch.Generator().manual_seed(1)
@@ -496,7 +496,7 @@ def test_lists_in_pieces(name, monkeypatch):
     def run(steps=14): return train(partial(make, foreach=True), steps)
     def count(opt): return max(len(plan.buckets) for plan in opt.memo.plans.values())
     whole = run()
-    monkeypatch.setattr(fused, 'PIECE', 10)
+    monkeypatch.setattr(dispatch, 'PIECE', 10)
     pieces = run()
     assert count(pieces) > count(whole)
     assert max_diff(pieces.ps, whole.ps) == max_diff(pieces.ps, train(make).ps) == 0.
@@ -525,12 +525,12 @@ def test_large_tensors_in_rows(name, dtype, monkeypatch):
     def run(steps=14, **way):
         return train(partial(of_steps, CHAINS[name], **way), steps, dtype)
     whole, cut = run(), []
-    monkeypatch.setattr(fused, 'PIECE', 10)
+    monkeypatch.setattr(dispatch, 'PIECE', 10)
     in_rows = dispatch.in_rows
     def watched(run, batch):
         cut.append(batch.params[0].shape)
         in_rows(run, batch)
-    monkeypatch.setattr(fused, 'in_rows', watched)
+    monkeypatch.setattr(dispatch, 'in_rows', watched)
     rows = run(foreach=True)
     (tensors, numbers), (want, want_numbers) = map(tensors_and_numbers, (rows, whole))
     assert max_diff(rows.ps, whole.ps) == 0. == max_diff(tensors, want)
@@ -544,7 +544,7 @@ def test_a_state_of_another_shape_is_not_cut(monkeypatch):
         if 't' not in state: state['t'] = torch.tensor(0.)
         state['t'] += 1
         p.sub_(lr*g/state['t'])
-    monkeypatch.setattr(fused, 'PIECE', 2)
+    monkeypatch.setattr(dispatch, 'PIECE', 2)
     def run(**way):
         ps = with_grads()
         opt = of_steps([counted], ps, **way)
@@ -605,7 +605,7 @@ class Model(NamedTuple):
     lr:float
 
 def test_kernels_do_not_depend_on_numbers_or_shapes(monkeypatch):
-    monkeypatch.setattr(build, 'KERNELS', {})
+    monkeypatch.setattr(compiler, 'KERNELS', {})
     models = [Model(SHAPES, lr=0.1), Model([(9, 9)], lr=0.2),
               Model([(2,), (5, 5, 5)], lr=0.3)]
     for model in models:

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:fused=True, and still')
 @pytest.fixture(params=['C++', 'Python'], autouse=True)
 def asking(request, monkeypatch):
     "Tensors tell where they are through DLPack, or one by one, as in older torch."
-    if request.param == 'Python': monkeypatch.setattr(layout, 'looker', lambda: None)
+    if request.param == 'Python': monkeypatch.setattr(memory, 'looker', lambda: None)
     elif not memory.looker(): pytest.skip('this torch has no table of DLPack functions')
 
 
