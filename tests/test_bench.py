@@ -66,8 +66,8 @@ def check_schema(run):
     for entry in run['absent']: assert entry.keys() == ABSENT and entry['reason']
 
 
-def test_the_stored_run():
-    run = bench.stored_run()
+def test_the_stored_run(root):
+    run = bench.stored_run(root/'nbs'/'bench.json')
     text = json.dumps(run)
     assert '/home' not in text and '/tmp' not in text and 'site-packages' not in text
     del run['copy_gb_per_s']                # it was made when the benchmark measured

@@ -193,7 +193,7 @@ def untouched(tmp_path, monkeypatch):
     def never(*_, **__): raise AssertionError('this should have been refused before')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(race, 'run_race', never)
-    monkeypatch.setattr(bench, 'run_bench', never)
+    monkeypatch.setattr(bench.report, 'run_bench', never)
     yield tmp_path
     assert list(tmp_path.iterdir()) == []
 
@@ -388,9 +388,9 @@ def test_an_error_of_ours_is_no_disagreement(tmp_path, monkeypatch, ran):
 
 
 def test_bench_writes_strict_json(tmp_path, monkeypatch, ran):
-    real = bench.run_bench
+    real = bench.report.run_bench
     def infinite(**kw): return dict(real(**kw), copy_gb_per_s=float('inf'))
-    monkeypatch.setattr(bench, 'run_bench', infinite)
+    monkeypatch.setattr(bench.report, 'run_bench', infinite)
     assert ran('oe-bench', *QUICK, '--reps', 2, '--out', tmp_path).code == 0
     run = strict((tmp_path/'bench.json').read_text())
     assert run['copy_gb_per_s'] is None

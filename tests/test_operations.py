@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optimizers_explained.speed import operations
+from optimizers_explained.speed import dispatch, operations
 from optimizers_explained.core import StepOptimizer
 from optimizers_explained.steps import sgd
 from optimizers_explained.speed.cpp import Cpp
@@ -216,7 +216,8 @@ class Fused:
         self.p = data[0].clone().requires_grad_()
         steps = [step_of(cases, []), sgd]
         self.opt = StepOptimizer([self.p], steps, lr=1., k=0., fused=True)
-        self.opt.memo.steps = list(self.opt.steps)    # as if read: they only take notes
+        self.opt.memo = dispatch.Memo()
+        self.opt.memo.steps = list(self.opt.steps)  # as if read: they only take notes
 
     def __call__(self, k):
         "The result of each for a value of k."

@@ -22,7 +22,19 @@ from packaging.requirements import Requirement
 import optimizers_explained as pkg
 from optimizers_explained.contract import ROWS
 
-MODULES = sorted(m.name for m in pkgutil.iter_modules(pkg.__path__) if m.name[0] != '_')
+DOORS = {'rosetta'}                 # names that lead to another module
+
+def names_of_modules():
+    "Modules that pages export, and packages of them, by their names below the package"
+    modules, packages = [], []
+    for found in pkgutil.walk_packages(pkg.__path__, f'{pkg.__name__}.'):
+        name = found.name.removeprefix(f'{pkg.__name__}.')
+        if name[0] == '_' or name in DOORS: continue
+        if found.ispkg: packages.append(name)
+        else: modules.append(name)
+    return sorted(modules), sorted(packages)
+
+MODULES, PACKAGES = names_of_modules()
 GENERATED = re.compile(
     r'nbs/(nbdev\.yml|llms\.txt)|README\.md|optimizers_explained/.*\.py')
 OPTIONAL = ['timm', 'torchvision', 'matplotlib', 'sklearn', 'fastprogress', 'fastai',
@@ -237,6 +249,26 @@ class C:
     def m(self): pass
 def step(p, g, state, *, lr, mom): "Doc"
 '''
+
+@pytest.mark.parametrize('name', PACKAGES)
+def test_a_package_names_its_modules(name):
+    doc = module(name).__doc__
+    own = [m for m in MODULES if m.startswith(f'{name}.')]
+    assert own and [m for m in own if f'`{pkg.__name__}.{m}`' not in doc] == []
+
+CORE = {'core', 'checks', 'checkpoint'}
+
+def loaded_by(name):
+    "The modules of this package that a fresh process has after importing one"
+    code = f'import sys, json, {pkg.__name__}.{name}; print(json.dumps(list(sys.modules)))'
+    found = json.loads(subprocess.check_output([sys.executable, '-c', code], text=True))
+    prefix = f'{pkg.__name__}.'
+    return {m.removeprefix(prefix) for m in found if m.startswith(prefix)}
+
+def test_the_core_loads_no_compiler():
+    assert loaded_by('core') == CORE
+    assert loaded_by('optim') == {*CORE, 'optim', 'steps'}
+    assert loaded_by('speed.dispatch') > {'speed.compiler', 'speed.lists'}
 
 def test_a_missing_comment_would_be_found(tmp_path, monkeypatch):
     (tmp_path/'bare_demo.py').write_text(BARE_MODULE)

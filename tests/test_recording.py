@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizers_explained import optim
-from optimizers_explained.speed import recorder
+from optimizers_explained.speed import dispatch, recorder
 from optimizers_explained.core import StepOptimizer
 from optimizers_explained.steps import sgd
 from optimizers_explained.speed.operations import (
@@ -42,7 +42,8 @@ class Run:
         steps = steps if isinstance(steps, list) else [steps, sgd]
         self.p, known = parameter(), dict(lr=0.1) if sgd in steps else {}
         self.opt = StepOptimizer([self.p], steps, **known, foreach=False, fused=fused)
-        self.opt.memo.steps = list(self.opt.steps)     # their code was not looked at
+        self.opt.memo = dispatch.Memo()
+        self.opt.memo.steps = list(self.opt.steps)  # their code was not looked at
         self.state = self.opt.state[self.p]
         self.state.update(copy.deepcopy(start or {}))
         with warnings.catch_warnings(record=True) as caught:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from optimizers_explained import rosetta
+from optimizers_explained.translate import rosetta
 from optimizers_explained.problems import max_diff
 from optimizers_explained.translate.recipes import installed
 from optimizers_explained.rosetta import arguments, canonical, constructor, copied

@@ -203,7 +203,7 @@ EXPECTED = '''# Lib
 
 Why.
 
-[next](https://who.example/lib/sgd.html)
+[next](https://who.example/lib/basic.html)
 
 ```python
 quiet()

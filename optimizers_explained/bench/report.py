@@ -6,7 +6,7 @@ run and how to read it.
 ```python
 from optimizers_explained.bench import bench_table, pick, start_table, stored_run
 
-run = stored_run()      # the run that comes with the package
+run = stored_run()      # what `oe-bench` has written into this folder
 print(bench_table(pick(run, set='resnet50', optimizer='SGD')))
 print(start_table(run))
 ```
@@ -20,7 +20,7 @@ __all__ = ['pick', 'bench_table', 'start_table', 'absent_table', 'plot_bench', '
 
 # %% ../../nbs/64_report.ipynb #f273fd43
 import json
-from importlib.resources import files
+from pathlib import Path
 
 from . import contenders as who
 from ..commands import check_device, check_folder, run_command
@@ -142,9 +142,11 @@ def plot_bench(
     return fig
 
 # %% ../../nbs/64_report.ipynb #eb7c2457
-def stored_run() -> dict: # as from `run_bench`
-    "The run of `oe-bench` that this version of the package ships."
-    return json.loads(files('optimizers_explained').joinpath('bench.json').read_text())
+def stored_run(
+    path='bench.json', # what `oe-bench` has written; by default beside this page
+) -> dict: # as from `run_bench`
+    "A run of `oe-bench`, read from its file."
+    return json.loads(Path(path).read_text())
 
 def where(
     run:dict, # from `run_bench` or `stored_run`
