@@ -17,7 +17,6 @@ from fastcore.nbio import read_nb
 from nbdev.config import get_config, nbpath2html
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ['Explained', 'Reference', 'Benchmarks and tables']
 COLAB = 'https://colab.research.google.com/github'
 FENCE = re.compile(r'^(```+|~~~+).*?^\1[ \t]*$', re.M | re.S)
 CODE = re.compile(FENCE.pattern + r'|`[^`\n]+`', re.M | re.S)
@@ -111,23 +110,86 @@ def missing_pages(src, proc):
         left = [c for c in cells if {'hide', 'default_exp'} & c.directives.keys()]
         if left: yield f'{page.name}: {len(left)} hidden cells left'
 
-def sidebar(src):
-    "What is wrong with `sidebar.yml`: parts, pages missing, unknown, repeated or moved"
+# ---- one order: that of the file names
+
+def title(page):
+    "The first heading of a page"
+    return read_nb(page).cells[0].source.split('\n')[0].removeprefix('# ')
+
+def sections(src):
+    "The parts of `sidebar.yml`, by name; pages that stand before them have no name"
     settings = yaml.safe_load((Path(src)/'sidebar.yml').read_text())
-    contents = settings['website']['sidebar']['contents']
-    parts = [part['section'] for part in contents]
-    if parts != PARTS: yield f'sidebar.yml: the parts are {parts}'
+    found = {}
+    for part in settings['website']['sidebar']['contents']:
+        if isinstance(part, str): found.setdefault('', []).append(part)
+        else: found[part['section']] = part['contents']
+    return found
+
+def sidebar(src):
+    """What is wrong with `sidebar.yml`: it lists every page once, in the order of the
+    numbers, and the first digit of a number is the section"""
     names, listed = [page.name for page in pages(src)], []
-    for part in contents: listed.extend(part['contents'])
+    for section, contents in sections(src).items():
+        listed.extend(contents)
+        digits = {name[0] for name in contents if name != 'index.ipynb'}
+        if len(digits) > 1:
+            yield f'sidebar.yml: {section} has pages of the numbers {sorted(digits)}'
     for name in names:
         times = listed.count(name)
         if times != 1: yield f'sidebar.yml: lists {name} {times} times'
     for name in listed:
         if name not in names: yield f'sidebar.yml: lists {name}, which is no page'
-    for part in contents:
-        known = [name for name in part['contents'] if name in names]
-        if known != sorted(known, key=names.index):
-            yield f'sidebar.yml: {part["section"]} is out of reading order'
+    known = [name for name in listed if name in names]
+    if known != sorted(known, key=names.index):
+        yield 'sidebar.yml: the pages are out of reading order'
+
+def numbers(src):
+    "Pages whose names do not begin with two digits of their own, or end otherwise"
+    seen = Counter(page.name[:2] for page in pages(src))
+    for page in pages(src):
+        if page.name == 'index.ipynb': continue
+        if not re.fullmatch(r'\d\d_[a-z_]+\.ipynb', page.name):
+            yield f'{page.name}: must be two digits and a name'
+        elif seen[page.name[:2]] > 1: yield f'{page.name}: has the number of another page'
+
+def modules(src):
+    "Pages that bear another name than the module they export"
+    for page in pages(src):
+        for cell in read_nb(page).cells:
+            module = cell.directive('default_exp', '')
+            if module and module.split('.')[-1] != page.stem[3:]:
+                yield f'{page.name}: exports {module}'
+
+NEXT = re.compile(r'\bNext: \[([^\]]*)\]\(([^)]*)\)')
+
+def next_pages(src):
+    "Pages whose last words lead to another page than the next one"
+    names = [page.name for page in pages(src)]
+    following = dict(zip(names, names[1:]))
+    for page in pages(src):
+        for text, target in NEXT.findall('\n'.join(prose(page))):
+            if target != following.get(page.name):
+                yield f'{page.name}: {target} is not the next page'
+            elif text != title(page.parent/target):
+                yield f'{page.name}: {target} has another title than {text}'
+
+ROW = re.compile(r'^\| \[([^\]]*)\]\((\d[^)]*\.ipynb)\)', re.M)
+
+def front_page(src):
+    "What is wrong with the tables of the front page: all pages, in order, by their titles"
+    front = Path(src)/'index.ipynb'
+    rows = ROW.findall('\n'.join(prose(front)))
+    wanted = [(title(page), page.name) for page in pages(src) if page != front]
+    for row in wanted:
+        if row not in rows: yield f'index.ipynb: has no row of {row[1]} with its title'
+    for row in rows:
+        if row not in wanted: yield f'index.ipynb: {row[1]} is not called {row[0]}'
+    if sorted(rows) == sorted(wanted) and rows != wanted:
+        yield 'index.ipynb: the pages are out of reading order'
+
+def order(src):
+    "Everything that does not follow the one order"
+    for check in (numbers, modules, sidebar, next_pages, front_page): yield from check(src)
 
 def links(folder, cfg, check_anchors=True):
     "Internal links and pictures that lead nowhere"
@@ -204,7 +266,7 @@ def main():
     except Exception as e:
         sys.exit(f'{e}\n\nThe site does not build. It runs exported cells and cells '
                  'that import, no others: keep imports in their own cells.')
-    found = [*missing_pages(src, proc), *sidebar(src), *links(proc, cfg),
+    found = [*missing_pages(src, proc), *order(src), *links(proc, cfg),
              *alt_texts(proc), *colab(proc, cfg)]
     if quarto: found.extend(unrendered(src, cfg.doc_path))
     for finding in found: print(finding)

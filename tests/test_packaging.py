@@ -1,5 +1,6 @@
 """Each packaging fact stands in one place and reaches the installed package; modules
 are light to import and fully documented."""
+import dataclasses
 import importlib
 import inspect
 import json
@@ -182,8 +183,8 @@ def methods(cls, module):
 
 def parameters(f):
     "Parameters that a caller passes by name or place, with their comments"
-    if inspect.isclass(f): f = f.__init__
-    if not inspect.isfunction(f): return {}
+    if inspect.isclass(f) and not dataclasses.is_dataclass(f): f = f.__init__
+    if not inspect.isfunction(f) and not inspect.isclass(f): return {}
     takes, found = inspect.signature(f).parameters, {}
     for name, comment in docments(f, returns=False).items():
         if name != 'self' and not (name in takes and takes[name].kind in STAR):

@@ -16,12 +16,11 @@ SIDEBAR = '''
 website:
   sidebar:
     contents:
-      - section: Explained
-        contents: [index.ipynb, 01_page.ipynb]
-      - section: Reference
-        contents: [00_help.ipynb]
-      - section: Benchmarks and tables
-        contents: []
+      - index.ipynb
+      - section: Learn
+        contents: [00_help.ipynb, 01_page.ipynb]
+      - section: Race
+        contents: [60_race.ipynb]
 '''
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def test_pages_of_this_repository(site, root):
     cfg = get_config(root)
     nbs = cfg.nbs_path
     assert site.pages(nbs)
-    assert list(site.sidebar(nbs)) == []
+    assert list(site.order(nbs)) == []
     # anchors of exported symbols are on processed pages: `.ci/site.py` checks those
     assert list(site.links(nbs, cfg, check_anchors=False)) == []
     assert list(site.alt_texts(nbs)) == []
@@ -141,23 +140,61 @@ def test_every_page_opens_in_colab(site, cfg, nbs):
 
 # ---- sidebar and processing
 
-def test_sidebar(site, nbs):
-    for name in ('index', '00_help', '01_page'):
-        notebook(nbs/f'{name}.ipynb', '# A page')
-    def findings(old='', new=''):
-        (nbs/'sidebar.yml').write_text(SIDEBAR.replace(old, new))
-        return list(site.sidebar(nbs))
-    assert findings() == []
-    missing = findings('[00_help.ipynb]', '[]')
-    repeated = findings('[00_help.ipynb]', '[00_help.ipynb, 01_page.ipynb]')
-    unknown = findings('[]', '[60_race.ipynb]')
-    moved = findings('[index.ipynb, 01_page.ipynb]', '[01_page.ipynb, index.ipynb]')
-    renamed = findings('Reference', 'Others')
-    assert 'lists 00_help.ipynb 0 times' in missing[0]
-    assert 'lists 01_page.ipynb 2 times' in repeated[0]
-    assert 'which is no page' in unknown[0]
-    assert 'out of reading order' in moved[0]
-    assert 'the parts are' in renamed[0]
+TABLE = """
+| page | the question |
+|---|---|
+| [Help](00_help.ipynb) | What? |
+| [A page](01_page.ipynb) | Why? |
+| [The race](60_race.ipynb) | Who? |
+"""
+
+def in_order(nbs, table=TABLE, sidebar=SIDEBAR, module='race', words='The end.'):
+    "A site of four pages, with one thing changed"
+    notebook(nbs/'index.ipynb', '# Index', table)
+    notebook(nbs/'00_help.ipynb', '# Help', 'Next: [A page](01_page.ipynb).')
+    notebook(nbs/'01_page.ipynb', '# A page', words)
+    notebook(nbs/'60_race.ipynb', '# The race', (f'#| default_exp {module}',))
+    (nbs/'sidebar.yml').write_text(sidebar)
+
+def test_pages_in_order(site, nbs):
+    in_order(nbs, words='Next: [The race](60_race.ipynb). In a script:')
+    assert list(site.order(nbs)) == []
+
+@pytest.mark.parametrize('old, new, wrong', [
+    ('00_help.ipynb, ', '', 'lists 00_help.ipynb 0 times'),
+    ('[60_race.ipynb]', '[60_race.ipynb, 60_race.ipynb]', 'lists 60_race.ipynb 2 times'),
+    ('[60_race.ipynb]', '[60_race.ipynb, 61_gone.ipynb]', 'which is no page'),
+    ('[00_help.ipynb, 01_page.ipynb]', '[01_page.ipynb, 00_help.ipynb]', 'of reading'),
+    ('01_page.ipynb]', '01_page.ipynb, 60_race.ipynb]', "of the numbers ['0', '6']")])
+def test_sidebar(site, nbs, old, new, wrong):
+    in_order(nbs, sidebar=SIDEBAR.replace(old, new))
+    assert any(wrong in finding for finding in site.order(nbs))
+
+@pytest.mark.parametrize('old, new, wrong', [
+    ('| [A page](01_page.ipynb) | Why? |', '', 'has no row of 01_page.ipynb'),
+    ('[Help]', '[Help yourself]', '00_help.ipynb is not called Help yourself')])
+def test_front_page(site, nbs, old, new, wrong):
+    in_order(nbs, table=TABLE.replace(old, new))
+    assert any(wrong in finding for finding in site.order(nbs))
+
+def test_front_page_out_of_order(site, nbs):
+    *head, first, second, last = TABLE.strip().split('\n')
+    in_order(nbs, table='\n'.join([*head, second, first, last]))
+    assert list(site.order(nbs)) == ['index.ipynb: the pages are out of reading order']
+
+def test_names_and_next_pages(site, nbs):
+    in_order(nbs, words='Next: [Help](00_help.ipynb).')
+    assert list(site.order(nbs)) == ['01_page.ipynb: 00_help.ipynb is not the next page']
+    in_order(nbs, words='Next: [a race](60_race.ipynb).')
+    found, = site.order(nbs)
+    assert found == '01_page.ipynb: 60_race.ipynb has another title than a race'
+    in_order(nbs, module='speed.runners')
+    assert list(site.order(nbs)) == ['60_race.ipynb: exports speed.runners']
+    in_order(nbs)
+    notebook(nbs/'01_two.ipynb', '# Two')
+    assert '01_two.ipynb: has the number of another page' in list(site.order(nbs))
+    notebook(nbs/'6a_odd.ipynb', '# Odd')
+    assert '6a_odd.ipynb: must be two digits and a name' in list(site.order(nbs))
 
 def test_processed_pages(site, nbs, tmp_path):
     proc = tmp_path/'_proc'

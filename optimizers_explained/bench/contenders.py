@@ -41,7 +41,9 @@ hypers = {
 class Absent(LookupError):
     "Why a contender does not take part, as one line."
 
-def _plain(cls, params, values): return cls(params, **values)
+def _plain(cls, params, values):
+    "Call a class as torch's is called."
+    return cls(params, **values)
 
 @dataclass
 class Contender:
