@@ -4,11 +4,13 @@ The same update, written as a loop, on lists of tensors or as one kernel: how mu
 run and how to read it.
 
 ```python
+from pathlib import Path
 from optimizers_explained.bench import bench_table, pick, start_table, stored_run
 
-run = stored_run()      # what `oe-bench` has written into this folder
-print(bench_table(pick(run, set='resnet50', optimizer='SGD')))
-print(start_table(run))
+if Path('bench.json').exists():      # what `oe-bench` has written into this folder
+    run = stored_run('bench.json')
+    print(bench_table(pick(run, set='resnet50', optimizer='SGD')))
+    print(start_table(run))
 ```
 
 Docs: https://optimizers-explained.github.io/optimizers_explained/report.html.md"""
