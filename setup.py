@@ -1,4 +1,4 @@
-"Read the packaging facts of `settings.ini`; everything static stands in `pyproject.toml`."
+"Read the packaging facts of `settings.ini`; what is static stands in `pyproject.toml`."
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import setup
@@ -19,6 +19,7 @@ setup(
     classifiers=lines('DEFAULT', 'classifiers'),
     install_requires=lines('requirements', 'runtime'),
     extras_require={k: lines('extras', k) for k in own('extras')},
-    entry_points={'console_scripts': [f'{k} = {cfg["commands"][k]}' for k in own('commands')],
+    entry_points={
+        'console_scripts': [f'{k} = {cfg["commands"][k]}' for k in own('commands')],
                   'nbdev': ['optimizers_explained = optimizers_explained._modidx:d']},
 )

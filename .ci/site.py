@@ -150,7 +150,8 @@ def numbers(src):
         if page.name == 'index.ipynb': continue
         if not re.fullmatch(r'\d\d_[a-z_]+\.ipynb', page.name):
             yield f'{page.name}: must be two digits and a name'
-        elif seen[page.name[:2]] > 1: yield f'{page.name}: has the number of another page'
+        elif seen[page.name[:2]] > 1:
+            yield f'{page.name}: has the number of another page'
 
 def modules(src):
     "Pages that bear another name than the module they export"
@@ -176,7 +177,7 @@ def next_pages(src):
 ROW = re.compile(r'^\| \[([^\]]*)\]\((\d[^)]*\.ipynb)\)', re.M)
 
 def front_page(src):
-    "What is wrong with the tables of the front page: all pages, in order, by their titles"
+    "What is wrong with the front page: its tables list all pages, in order, by title"
     front = Path(src)/'index.ipynb'
     rows = ROW.findall('\n'.join(prose(front)))
     wanted = [(title(page), page.name) for page in pages(src) if page != front]
@@ -189,7 +190,8 @@ def front_page(src):
 
 def order(src):
     "Everything that does not follow the one order"
-    for check in (numbers, modules, sidebar, next_pages, front_page): yield from check(src)
+    for check in (numbers, modules, sidebar, next_pages, front_page):
+        yield from check(src)
 
 def links(folder, cfg, check_anchors=True):
     "Internal links and pictures that lead nowhere"

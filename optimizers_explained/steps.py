@@ -97,7 +97,7 @@ def _trusted(w, u, ratio): # 1 where one of the norms is 0
 
 def lars(p, g, state, *, weight_decay=0., trust_coeff=1e-3, eps=1e-8):
     """LARS (You et al., 2017): $r\\,(g + \\lambda\\theta)$ with
-    $r = \\eta|\\theta|/(|g| + \\lambda|\\theta| + \\epsilon)$, or 1 where a norm is 0."""
+    $r = \\eta|\\theta|/(|g| + \\lambda|\\theta| + \\epsilon)$; 1 where a norm is 0."""
     w, n = p.norm(), g.norm()
     ratio = trust_coeff*w/(n + weight_decay*w + eps)
     return g.add(p, alpha=weight_decay)*_trusted(w, n, ratio)

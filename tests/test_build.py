@@ -490,7 +490,8 @@ def test_no_file_in_place_of_one(make, kernels):
     make(good)
     if make is os.mkfifo: assert ctypes.CDLL(str(compiler.library(SOURCE))).run() == 42
     else:
-        with pytest.raises(Unfusable, match='cannot be written'): compiler.library(SOURCE)
+        with pytest.raises(Unfusable, match='cannot be written'):
+            compiler.library(SOURCE)
 
 
 CRASH = '''
@@ -625,7 +626,8 @@ def child(opt, ps, depth=1):
     pid = os.fork()
     if not pid:
         if depth > 1: os._exit(0 if child(opt, ps, depth - 1)[0] == 0 else 1)
-        compiler.FORKED = [p.numel() for p in ps] != [3]  # one chunk: a plain loop anyhow
+        # one chunk: a plain loop anyhow
+        compiler.FORKED = [p.numel() for p in ps] != [3]
         opt.step()
         os.write(write, bits(ps).encode())
         os._exit(0)

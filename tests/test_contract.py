@@ -54,7 +54,7 @@ def optimi(name, **kw):
     return make
 
 
-def apart(make): return partial(workbench.Apart, make)   # it counts steps of a whole group
+def apart(make): return partial(workbench.Apart, make)   # counts steps of a whole group
 def of(cls, **kw): return partial(cls, **{**dict(lr=LR), **kw})
 
 
@@ -197,7 +197,8 @@ def test_numbers_of_optimi(name, reference):
         return path
     make = of(getattr(optim, name), **BOTH, **WD)
     assert max_diff(run(make), run(reference)) < 1e-12
-    with pytest.raises(AssertionError): workbench.has_the_reference_numbers(make, reference)
+    with pytest.raises(AssertionError):
+        workbench.has_the_reference_numbers(make, reference)
 
 
 def test_lamb_of_fastai():

@@ -261,7 +261,8 @@ CORE = {'core', 'checks', 'checkpoint'}
 
 def loaded_by(name):
     "The modules of this package that a fresh process has after importing one"
-    code = f'import sys, json, {pkg.__name__}.{name}; print(json.dumps(list(sys.modules)))'
+    code = (f'import sys, json, {pkg.__name__}.{name}\n'
+            'print(json.dumps(list(sys.modules)))')
     found = json.loads(subprocess.check_output([sys.executable, '-c', code], text=True))
     prefix = f'{pkg.__name__}.'
     return {m.removeprefix(prefix) for m in found if m.startswith(prefix)}
