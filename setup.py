@@ -21,5 +21,5 @@ setup(
     extras_require={k: lines('extras', k) for k in own('extras')},
     entry_points={
         'console_scripts': [f'{k} = {cfg["commands"][k]}' for k in own('commands')],
-                  'nbdev': ['optimizers_explained = optimizers_explained._modidx:d']},
+        'nbdev': ['optimizers_explained = optimizers_explained._modidx:d']},
 )
