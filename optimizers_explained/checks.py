@@ -497,15 +497,17 @@ def check_dense(
 ) -> tuple: # its parameters that have a gradient, and the gradients, as two lists
     "Raise a `ValueError` that names the parameter, if a gradient of `group` is sparse."
     params = list(group['params'])
-    grads = [p.grad for p in params]
-    for i, grad in enumerate(grads):
-        if grad is None or grad.layout is torch.strided: continue
-        raise ValueError(f"params[{i}] (shape {tuple(grad.shape)}) has a sparse "
-                         "gradient: steps need dense ones; use sparse=False in the "
-                         "embedding, or torch.optim.SparseAdam")
-    live = [i for i, grad in enumerate(grads) if grad is not None]
-    if len(live) == len(params): return params, grads
-    return [params[i] for i in live], [grads[i] for i in live]
+    grads = [grad for p in params if (grad := p.grad) is not None]
+    if {grad.layout for grad in grads} - {torch.strided}: raise _sparse(params)
+    if len(grads) == len(params): return params, grads
+    return [p for p in params if p.grad is not None], grads
+
+def _sparse(params):
+    for i, p in enumerate(params):
+        if p.grad is None or p.grad.layout is torch.strided: continue
+        return ValueError(f"params[{i}] (shape {tuple(p.shape)}) has a sparse gradient: "
+                          "steps need dense ones; use sparse=False in the embedding, or "
+                          "torch.optim.SparseAdam")
 
 # %% ../nbs/27_checks.ipynb #c5a7e002
 ORDINARY = {Tensor, int, float} # what nearly all states hold

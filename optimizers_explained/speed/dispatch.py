@@ -404,13 +404,14 @@ def run_alone(
 def run_together(
     opt, # a `StepOptimizer`
     calls, # pairs of a step and its hyperparameters by name
+    bound, # pairs of a step and the same with its hyperparameters bound
     params, # of one group, those with a gradient
     grads, # their gradients
 ):
     """Step a group in kernels or lists, and where neither can be, one parameter at a
     time."""
     if opt.memo is None: opt.memo = Memo()
-    memo, run = opt.memo, partial(opt.advance, calls)
+    memo, run = opt.memo, partial(opt.advance, bound)
     memo.read(calls)
     plan, batches = batches_of(opt, params, grads)
     if opt.fused and memo.unrecordable: memo.tell(memo.unrecordable)
