@@ -282,7 +282,7 @@ def _saved_shapes(pairs, state_dict, steps): # for each parameter, what tells it
             f"of {len(shapes)}: drop 'shapes' if you have changed the groups")
     return [{'its value': shape} for shape in shapes]
 
-def _shaped_keys(steps): # of tensors with the shape of the parameter
+def _shaped_keys(steps): # of tensors shaped as the parameter: (2, 3) in `keeps`
     keys = set()
     for step in filter(is_own, steps):      # other steps may keep other shapes
         for key, value in keeps(step).items():
