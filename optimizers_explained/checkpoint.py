@@ -30,6 +30,7 @@ __all__ = ['WRAPPERS', 'ANYBODYS', 'as_count', 'as_number', 'torchs_hypers', 'ch
 import copy
 import inspect
 from functools import cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -73,17 +74,22 @@ def check_keys(
     opt, # the `StepOptimizer` that is to be saved
 ):
     "Raise a `ValueError` if `opt.state` has a key that cannot be saved."
-    params = [p for g in opt.param_groups for p in g['params']]
+    params = _params(opt)
     owners, numbers = set(params), set(range(len(params)))
     for key, entry in list(opt.state.items()):
         if key in owners: continue
-        if key in numbers: raise ValueError(
-            f"opt.state has the key {key!r}, the number of a parameter: use a string")
+        if key in numbers:
+            raise ValueError(f"opt.state has the key {key!r}, the number of a "
+                             "parameter: use a string")
         if not isinstance(key, Tensor): continue
-        if entry: raise ValueError(
-            f"opt.state has an entry of a tensor of shape {tuple(key.shape)} that is "
-            "in no group and has no number: delete it, or add the tensor to a group")
+        if entry:
+            raise ValueError(
+                f"opt.state has an entry of a tensor of shape {tuple(key.shape)} that "
+                "is in no group and has no number: delete it, or add the tensor to a "
+                "group")
         del opt.state[key]                     # reading opt.state[key] has made it
+
+def _params(opt): return [p for g in opt.param_groups for p in g['params']]
 
 def store(
     opt, # the `StepOptimizer` that is to be saved
@@ -92,21 +98,29 @@ def store(
     "What torch's optimizer of the same name would save, and what tells ours apart."
     if not {'state', 'param_groups'} <= set(state_dict): return state_dict   # by a hook
     extra = torchs_hypers(opt)
-    groups = [{**g, **{k: v for k, v in extra.items() if k not in g}}
-              for g in state_dict['param_groups']]
-    numbers = {k for g in groups for k in g['params']}
-    entries = {k: s for k, s in state_dict['state'].items() if k in numbers}
-    others = {k: s for k, s in state_dict['state'].items() if k not in numbers}
-    stored = {k: _stored(s) for k, s in entries.items() if s}
+    groups = []
+    for saved in state_dict['param_groups']:
+        group = dict(saved)
+        for name, default in extra.items(): group.setdefault(name, default)
+        groups.append(group)
+    numbers = _numbers(groups)
+    stored, others = {}, {}
+    for key, entry in state_dict['state'].items():
+        if key not in numbers: others[key] = entry
+        elif entry: stored[key] = _stored(entry)
     new = {**state_dict, 'state': {**stored, **others}, 'param_groups': groups}
-    new['steps'] = [name_of(f) for f in opt.steps]
-    new['shapes'] = [[tuple(p.shape) for p in g['params']] for g in opt.param_groups]
-    if _counts_in_tensors(opt): new['counts'] = 'tensors'
+    new['steps'] = list(map(name_of, opt.steps))
+    new['shapes'] = []
+    for group in opt.param_groups:
+        new['shapes'].append([tuple(p.shape) for p in group['params']])
+    if any(_counts_in_a_tensor(opt, p) for p in _params(opt)):
+        new['counts'] = 'tensors'
     return new
 
-def _counts_in_tensors(opt): # as a step of one's own may
-    states = (opt.state.get(p, {}) for g in opt.param_groups for p in g['params'])
-    return any(isinstance(state.get('step'), Tensor) for state in states)
+def _numbers(groups): return set(chain(*(g['params'] for g in groups)))
+
+def _counts_in_a_tensor(opt, param): # as a step of one's own may
+    return isinstance(opt.state.get(param, {}).get('step'), Tensor)
 
 def _stored(entry):
     if type(entry.get('step')) is not int: return dict(entry)
@@ -120,7 +134,8 @@ def unwrapped(
 ) -> str:
     "The name without what DDP, `torch.compile`, FSDP and checkpointing put into it."
     *modules, last = name.split('.')
-    return '.'.join([*(m for m in modules if m not in WRAPPERS), last])
+    kept = [m for m in modules if m not in WRAPPERS]
+    return '.'.join([*kept, last])
 
 def check_names(
     saved, # the groups of a checkpoint
@@ -132,25 +147,25 @@ def check_names(
     if not any(theirs) or not any(ours): return
     a, b = _comparable(theirs), _comparable(ours)
     missing, new = _lacking(a, b), _lacking(b, a)
-    if missing or new: raise ValueError(
-        "the parameters have other names in the checkpoint: "
-        f"{_listed(missing)} only there, {_listed(new)} only here")
-    for i, (x, y) in enumerate(zip(a, b)):
-        for j, (n, m) in enumerate(zip(x, y)):
-            if n != m: raise ValueError(
+    if missing or new:
+        raise ValueError("the parameters have other names in the checkpoint: "
+                         f"{_listed(missing)} only there, {_listed(new)} only here")
+    for i, (names_there, names_here) in enumerate(zip(a, b)):
+        for j, (there, here) in enumerate(zip(names_there, names_here)):
+            if there == here: continue
+            raise ValueError(
                 f"parameter {j} of group {i} is {theirs[i][j]!r} in the checkpoint "
                 f"and {ours[i][j]!r} here: hand the parameters over in the order they "
                 "were saved")
 
 def _comparable(groups): # names without wrappers, unless two of them would become one
-    short = [[unwrapped(n) for n in names] for names in groups]
-    return short if len(_all(short)) == len(_all(groups)) else groups
+    short = [list(map(unwrapped, names)) for names in groups]
+    if len(set(chain(*short))) < len(set(chain(*groups))): return groups
+    return short
 
-def _all(groups): return {n for names in groups for n in names}
-
-def _lacking(a, b):
-    known = _all(b)
-    return [n for names in a for n in names if n not in known]
+def _lacking(a, b): # the names in groups `a` that are not in groups `b`
+    known = set(chain(*b))
+    return [n for n in chain(*a) if n not in known]
 
 def _listed(names): # the first three
     if not names: return 'none'
@@ -165,8 +180,9 @@ def is_own(
     here = name_of.__module__.partition('.')[0]
     return getattr(_innermost(step), '__module__', '').partition('.')[0] == here
 
-def _innermost(step):
-    return _innermost(step.func) if hasattr(step, 'func') else step  # partial, Checked
+def _innermost(step): # what a `partial` or a `Checked` holds
+    while hasattr(step, 'func'): step = step.func
+    return step
 
 def keeps(
     step, # of this package
@@ -198,9 +214,11 @@ def pairs(
     state_dict:dict, # what it is to load, with as many groups and parameters
 ) -> list: # a `Pair` for each parameter
     "Which parameter of a checkpoint is which here: the one in the same place."
-    groups = enumerate(zip(state_dict['param_groups'], opt.param_groups))
-    return [Pair(i, j, key, p) for i, (saved, own) in groups
-            for j, (key, p) in enumerate(zip(saved['params'], own['params']))]
+    found = []
+    for i, (saved, own) in enumerate(zip(state_dict['param_groups'], opt.param_groups)):
+        for j, (key, param) in enumerate(zip(saved['params'], own['params'])):
+            found.append(Pair(i, j, key, param))
+    return found
 
 def check_form(
     state_dict, # what an optimizer is to load
@@ -224,12 +242,14 @@ def check_groups(
     "Raise a `ValueError` if groups, parameters, names or shapes differ."
     check_form(state_dict)
     saved, own = state_dict['param_groups'], opt.param_groups
-    if len(saved) != len(own): raise ValueError(
-        f"the checkpoint has {len(saved)} parameter groups, this optimizer {len(own)}")
+    if len(saved) != len(own):
+        raise ValueError(f"the checkpoint has {len(saved)} parameter groups, "
+                         f"this optimizer {len(own)}")
     for i, (s, g) in enumerate(zip(saved, own)):
         theirs, ours = len(s['params']), len(g['params'])
-        if theirs != ours: raise ValueError(
-            f"group {i} has {theirs} parameters in the checkpoint and {ours} here")
+        if theirs != ours:
+            raise ValueError(f"group {i} has {theirs} parameters in the checkpoint "
+                             f"and {ours} here")
     check_names(saved, own)
     known = pairs(opt, state_dict)
     _check_entries(known, state_dict['state'])
@@ -238,35 +258,43 @@ def check_groups(
 def _check_entries(pairs, state):
     for pair in pairs:
         entry = state.get(pair.key)
-        if entry is not None and not isinstance(entry, dict): raise ValueError(
-            f"the state of parameter {pair.key} in the checkpoint must be a "
-            f"dictionary, got {entry!r}")
+        if entry is not None and not isinstance(entry, dict):
+            raise ValueError(f"the state of parameter {pair.key} in the checkpoint "
+                             f"must be a dictionary, got {entry!r}")
 
 def _check_shapes(pairs, state_dict, steps):
     for pair, shapes in zip(pairs, _saved_shapes(pairs, state_dict, steps)):
         here = tuple(pair.param.shape)
         for what, shape in shapes.items():
-            if shape != here: raise ValueError(
+            if shape == here: continue
+            raise ValueError(
                 f"parameter {pair.index} of group {pair.group} has shape {here} here; "
                 f"in the checkpoint, {what} has shape {shape}")
 
 def _saved_shapes(pairs, state_dict, steps): # for each parameter, what tells its shape
     if 'shapes' not in state_dict:
-        known = {k for f in steps if is_own(f) for k in _shaped_keys(f)}
-        return [_state_shapes(state_dict['state'].get(pair.key) or {}, known)
-                for pair in pairs]
-    shapes = [tuple(shape) for group in state_dict['shapes'] for shape in group]
-    if len(shapes) != len(pairs): raise ValueError(
-        f"the checkpoint has {len(pairs)} parameters in its groups, and the shapes of "
-        f"{len(shapes)}: drop 'shapes' if you have changed the groups")
+        known, state = _shaped_keys(steps), state_dict['state']
+        return [_state_shapes(state.get(pair.key) or {}, known) for pair in pairs]
+    shapes = list(map(tuple, chain(*state_dict['shapes'])))
+    if len(shapes) != len(pairs):
+        raise ValueError(
+            f"the checkpoint has {len(pairs)} parameters in its groups, and the shapes "
+            f"of {len(shapes)}: drop 'shapes' if you have changed the groups")
     return [{'its value': shape} for shape in shapes]
 
-def _shaped_keys(step): # of tensors with the shape of the parameter
-    return [k for k, v in keeps(step).items() if getattr(v, 'shape', None) == (2, 3)]
+def _shaped_keys(steps): # of tensors shaped as the parameter: (2, 3) in `keeps`
+    keys = set()
+    for step in filter(is_own, steps):      # other steps may keep other shapes
+        for key, value in keeps(step).items():
+            if getattr(value, 'shape', None) == (2, 3): keys.add(key)
+    return keys
 
-def _state_shapes(entry, known): # other steps may keep other shapes
-    tensors = {k: v for k, v in entry.items() if k in known and isinstance(v, Tensor)}
-    return {k: tuple(v.shape) for k, v in tensors.items() if v.ndim}
+def _state_shapes(entry, known):
+    shapes = {}
+    for key, value in entry.items():
+        if key in known and isinstance(value, Tensor) and value.ndim:
+            shapes[key] = tuple(value.shape)
+    return shapes
 
 # %% ../nbs/26_checkpoint.ipynb #f905d1e8
 ANYBODYS = { # what any optimizer of torch may have
@@ -275,52 +303,61 @@ ANYBODYS = { # what any optimizer of torch may have
 
 def algorithms() -> set:
     "Names of the hyperparameters by which torch's optimizers differ."
-    classes = [c for c in vars(torch.optim).values() if _is_optimizer(c)]
-    arguments = {k for c in classes for k in inspect.signature(c).parameters}
-    return arguments - ANYBODYS - {'defaults'}
+    return _torchs_arguments() - ANYBODYS
+
+def _torchs_arguments(): # of all its optimizers
+    names = set()
+    for cls in vars(torch.optim).values():
+        if _is_optimizer(cls): names.update(inspect.signature(cls).parameters)
+    return names - {'params', 'defaults'}
 
 def check_kind(
     opt, # the `StepOptimizer` that is to load
     state_dict:dict, # what it is to load
 ):
     "Raise a `ValueError` if steps, hyperparameters or state are another optimizer's."
-    names = [name_of(f) for f in opt.steps]
+    names = list(map(name_of, opt.steps))
     if 'steps' not in state_dict:
         for i, group in enumerate(state_dict['param_groups']):
-            _check_hypers(opt, names, i, group)
+            _check_hypers(opt, i, group)
+            _check_decay(names, group)
         _check_state(opt, state_dict)
-    elif state_dict['steps'] != names: raise ValueError(
-        f"the checkpoint was written by the steps {state_dict['steps']}, "
-        f"this optimizer has {names}")
+    elif state_dict['steps'] != names:
+        raise ValueError(
+            f"the checkpoint was written by the steps {state_dict['steps']}, "
+            f"this optimizer has {names}")
 
-def _check_hypers(opt, names, i, group):
-    known, where = opt.defaults, f'group {i} of the checkpoint has'
-    needed = [k for k, v in known.items() if k == 'amsgrad' or not isinstance(v, bool)]
-    needed = [k for k in needed if k != 'lr0']     # which `prepare` fills in
-    missing = [k for k in needed if k not in group and group['params']]
-    if missing: raise ValueError(
-        f"{where} no {missing[0]}, which this optimizer needs: "
-        "it was written by another one")
-    strange = [k for k in sorted(algorithms() & set(group) - set(known)) if group[k]]
-    if strange: raise ValueError(
-        f"{where} {strange[0]}={group[strange[0]]!r}, which no step here takes: "
-        "it was written by another optimizer")
-    theirs = not group.get('decoupled_weight_decay', 'l2' not in names)
-    ours = 'l2' in names
-    kind = {True: 'L2', False: 'decoupled'}
-    if theirs != ours: raise ValueError(
-        f"weight decay is {kind[theirs]} in the checkpoint and {kind[ours]} here "
-        "(Adam against AdamW)")
+def _check_hypers(opt, i, group):
+    where = f'group {i} of the checkpoint has'
+    for name, default in opt.defaults.items():
+        if name in group or not group['params']: continue
+        if name == 'lr0': continue                         # which `prepare` fills in
+        if isinstance(default, bool) and name != 'amsgrad': continue
+        raise ValueError(f"{where} no {name}, which this optimizer needs: "
+                         "it was written by another one")
+    for name in sorted(algorithms() & set(group) - set(opt.defaults)):
+        if group[name]:
+            raise ValueError(
+                f"{where} {name}={group[name]!r}, which no step here takes: "
+                "it was written by another optimizer")
+
+def _check_decay(names, group):
+    if 'decoupled_weight_decay' not in group: return
+    theirs = 'decoupled' if group['decoupled_weight_decay'] else 'L2'
+    ours = 'L2' if 'l2' in names else 'decoupled'
+    if theirs != ours:
+        raise ValueError(f"weight decay is {theirs} in the checkpoint and {ours} here "
+                         "(Adam against AdamW)")
 
 def _check_state(opt, state_dict):
     if not all(map(is_own, opt.steps)): return              # a step of one's own
-    known = {k for f in opt.steps for k in keeps(f)}
+    known = set(chain(*map(keeps, opt.steps)))
     for pair in pairs(opt, state_dict):
-        entry = state_dict['state'].get(pair.key) or {}
-        extra = [k for k in entry if k not in known]
-        if extra: raise ValueError(
-            f"the state of parameter {pair.key} in the checkpoint has {extra[0]}, "
-            f"which no step here knows; they know {sorted(known) or 'none'}")
+        for key in state_dict['state'].get(pair.key) or {}:
+            if key in known: continue
+            raise ValueError(
+                f"the state of parameter {pair.key} in the checkpoint has {key}, "
+                f"which no step here knows; they know {sorted(known) or 'none'}")
 
 # %% ../nbs/26_checkpoint.ipynb #017df14e
 def prepare(
@@ -337,8 +374,9 @@ def prepare(
         if key not in params: state[key] = entry
         elif entry: state[params[key]] = _kept(opt, params[key], entry, by_tensor)
     foreign = _foreign(opt, state_dict)
-    groups = [_group(opt, own, saved, foreign)
-              for own, saved in zip(opt.param_groups, state_dict['param_groups'])]
+    groups = []
+    for own, saved in zip(opt.param_groups, state_dict['param_groups']):
+        groups.append(_group(opt, own, saved, foreign))
     return {**state_dict, 'state': state, 'param_groups': groups}
 
 def _copied(state, params): # parameters and keys of dictionaries stay the same objects
@@ -346,37 +384,37 @@ def _copied(state, params): # parameters and keys of dictionaries stay the same 
     copies = {}
     for key, entry in state.items():
         try: copies[key] = copy.deepcopy(entry, same)
-        except Exception as e: raise TypeError(
-            f"the entry {key!r} of the checkpoint's state cannot be copied: {e}") from e
+        except Exception as e:
+            raise TypeError(f"the entry {key!r} of the checkpoint's state cannot be "
+                            f"copied: {e}") from e
     return copies
 
 def _keys(o): # of dictionaries in dictionaries, and members of sets
     if isinstance(o, (set, frozenset)): return list(o)
     if isinstance(o, dict): return [*o, *_keys(list(o.values()))]
-    if isinstance(o, (list, tuple)): return [k for v in o for k in _keys(v)]
+    if isinstance(o, (list, tuple)): return list(chain(*map(_keys, o)))
     return []
 
 def _kept(opt, p, entry, by_tensor): # the state of a parameter as the steps keep it
     kept = {k: _like(p, v, k) for k, v in entry.items() if v is not None}    # torch 1
-    by_tensor |= isinstance(opt.state.get(p, {}).get('step'), Tensor)
+    by_tensor = by_tensor or _counts_in_a_tensor(opt, p)
     if 'step' in kept and not by_tensor: kept['step'] = as_number(kept['step'])
     return kept
 
 def _like(p, value, key): # on the device of `p`, floats in its dtype: as torch
     if isinstance(value, dict): return {k: _like(p, v, k) for k, v in value.items()}
     if not isinstance(value, Tensor) or key == 'step': return value
-    return value.to(p.device, p.dtype if value.is_floating_point() else value.dtype)
+    dtype = p.dtype if value.is_floating_point() else value.dtype
+    return value.to(p.device, dtype)
 
 def _foreign(opt, state_dict): # keys of a group that mean something to torch alone
     if 'steps' in state_dict: return set(torchs_hypers(opt))
-    classes = [c for c in vars(torch.optim).values() if _is_optimizer(c)]
-    arguments = {k for c in classes for k in inspect.signature(c).parameters}
-    return arguments - {'params', 'defaults'}
+    return _torchs_arguments()
 
 def _group(opt, own, saved, foreign):
     new = {k: own[k] for k in opt.defaults if k in own}
-    new.update(_with_own_decay(own, saved))
-    new = {k: v for k, v in new.items() if k in own or k not in foreign}
+    for name, value in _with_own_decay(own, saved).items():
+        if name in own or name not in foreign: new[name] = value
     if 'param_names' in own: new['param_names'] = own['param_names']
     return new
 
@@ -394,8 +432,9 @@ def settle(
     if first and not isinstance(first.get('step'), Tensor): return   # nearly always
     if not any(opt.state.values()): return                  # steps without a memory
     if not any('step' in keeps(f) for f in opt.steps if is_own(f)): return
-    for state in filter(None, map(opt.state.get, params)):
-        state['step'] = as_number(state['step'])
+    for param in params:
+        state = opt.state.get(param)
+        if state: state['step'] = as_number(state['step'])
 
 # %% ../nbs/26_checkpoint.ipynb #8b1915ee
 def convert_state(
@@ -407,8 +446,9 @@ def convert_state(
     was_fastai, is_fastai = 'hypers' in state_dict, hasattr(opt, 'hypers')
     saved = state_dict['hypers' if was_fastai else 'param_groups']
     own = opt.hypers if is_fastai else opt.param_groups
-    if len(saved) != len(own): raise ValueError(
-        f"the checkpoint has {len(saved)} parameter groups, the optimizer {len(own)}")
+    if len(saved) != len(own):
+        raise ValueError(f"the checkpoint has {len(saved)} parameter groups, "
+                         f"the optimizer {len(own)}")
     if was_fastai and is_fastai: return copy.deepcopy(state_dict)
     if was_fastai: return _from_fastai(state_dict, opt)
     if is_fastai: return _to_fastai(state_dict, opt)
@@ -421,29 +461,36 @@ def _inner(opt): # the torch optimizer in an OptimWrapper
 def _among_torchs(sd, opt):
     groups = []
     for saved, own in zip(sd['param_groups'], opt.param_groups):
-        groups.append({**saved, 'weight_decay': own['weight_decay']})
-        if 'lr0' in own: groups[-1].setdefault('lr0', own['lr0'])
-    params = [p for g in opt.param_groups for p in g['params']]
-    numbers = {k for g in groups for k in g['params']}
-    copies = _copied(sd['state'], params)
-    state = {k: _stored(s) if k in numbers and s else s for k, s in copies.items()}
+        group = {**saved, 'weight_decay': own['weight_decay']}
+        if 'lr0' in own: group.setdefault('lr0', own['lr0'])
+        groups.append(group)
+    state = _copied(sd['state'], _params(opt))
+    for number in _numbers(groups):
+        if state.get(number): state[number] = _stored(state[number])
     facts = {k: sd[k] for k in ('shapes', 'counts') if k in sd}
     return {'state': state, 'param_groups': groups, **facts}
 
 def _from_fastai(sd, opt):
-    groups, n = [], 0
-    for own, h in zip(opt.param_groups, sd['hypers']):
-        new = {k: v for k, v in own.items() if k != 'params'}
-        new.update({k: h[k] for k in ('lr', 'eps') if k in h and k in own})
+    groups, n = [], 0                            # `n` parameters up to here
+    for own, hypers in zip(opt.param_groups, sd['hypers']):
+        group = {k: v for k, v in own.items() if k != 'params'}
+        for name in ('lr', 'eps'):
+            if name in hypers and name in own: group[name] = hypers[name]
         if 'betas' in own:
             first, second = own['betas']
-            new['betas'] = (h.get('mom', first), h.get('sqr_mom', second))
-        elif 'mom' in h and 'momentum' in own: new['momentum'] = h['mom']
-        groups.append({**new, 'params': list(range(n, n := n + len(own['params'])))})
-    if n != len(sd['state']): raise ValueError(
-        f"the checkpoint has {len(sd['state'])} parameters, the optimizer {n}")
-    entries = enumerate(map(_from_fastais_state, sd['state']))
-    return {'state': {i: s for i, s in entries if s}, 'param_groups': groups}
+            group['betas'] = (hypers.get('mom', first), hypers.get('sqr_mom', second))
+        elif 'mom' in hypers and 'momentum' in own: group['momentum'] = hypers['mom']
+        group['params'] = list(range(n, n + len(own['params'])))
+        groups.append(group)
+        n += len(own['params'])
+    if n != len(sd['state']):
+        raise ValueError(f"the checkpoint has {len(sd['state'])} parameters, "
+                         f"the optimizer {n}")
+    state = {}
+    for number, fastais in enumerate(sd['state']):
+        entry = _from_fastais_state(fastais)
+        if entry: state[number] = entry
+    return {'state': state, 'param_groups': groups}
 
 def _from_fastais_state(s):
     average = 'exp_avg' if 'sqr_avg' in s else 'momentum_buffer'
@@ -451,19 +498,25 @@ def _from_fastais_state(s):
     return _stored({names[k]: copy.deepcopy(v) for k, v in s.items() if k in names})
 
 def _to_fastai(sd, opt):
-    order = [k for g in sd['param_groups'] for k in g['params']]
-    state = [_to_fastais_state(sd['state'].get(k)) for k in order]
-    hypers = []
-    for g, own in zip(sd['param_groups'], opt.hypers):
-        mom = dict(mom=g.get('momentum', 0.))
-        if 'betas' in g: mom = dict(zip(('mom', 'sqr_mom'), g['betas']))
-        known = {k: v for k, v in {**g, **mom}.items() if k in own and k != 'params'}
-        hypers.append({**own, **known})
+    state, hypers = [], []
+    for group, own in zip(sd['param_groups'], opt.hypers):
+        for number in group['params']:
+            state.append(_to_fastais_state(sd['state'].get(number) or {}))
+        known = dict(group)
+        if 'betas' in group: known.update(zip(('mom', 'sqr_mom'), group['betas']))
+        else: known['mom'] = group.get('momentum', 0.)
+        new = dict(own)
+        for name, value in known.items():
+            if name in own and name != 'params': new[name] = value
+        hypers.append(new)
     return {'state': state, 'hypers': hypers}
 
 def _to_fastais_state(s):
     names = dict(momentum_buffer='grad_avg', exp_avg='grad_avg', exp_avg_sq='sqr_avg',
                  step='step')
-    known = {k: v for k, v in (s or {}).items() if k in names and v is not None}
-    return {names[k]: copy.deepcopy(as_number(v) if k == 'step' else v)
-            for k, v in known.items()}
+    new = {}
+    for key, value in s.items():
+        if key not in names or value is None: continue
+        if key == 'step': value = as_number(value)
+        new[names[key]] = copy.deepcopy(value)
+    return new

@@ -44,8 +44,12 @@ def on_copies(make, ps):
     qs = twins(ps)
     return make(qs), qs
 
-def all_of(opt):
-    return opt.state_dict(), [p.detach() for g in opt.param_groups for p in g['params']]
+def params_of(opt): return [p for g in opt.param_groups for p in g['params']]
+def states(opt, ps): return [opt.state[p] for p in ps]
+def counts(entries): return [s['step'] for s in entries]
+def are(these, those): return list(map(id, these)) == list(map(id, those))
+
+def all_of(opt): return opt.state_dict(), [p.detach() for p in params_of(opt)]
 
 def refuses(opt, sd, words, error=ValueError):
     "Whether a load fails with these words and leaves everything as it was."
@@ -87,7 +91,8 @@ def test_a_scheduler_drives_an_empty_group(name):
         sched, seen = workbench.SCHEDULERS[name](opt), []
         for t in range(8):
             train(opt, ps, [t])
-            sched.step(*[1.]*(name == 'ReduceLROnPlateau'))
+            if name == 'ReduceLROnPlateau': sched.step(1.)
+            else: sched.step()
             seen.append([g['lr'] for g in opt.param_groups])
         return seen, ps
     (seen, ps), (want, qs) = rates(with_empty), rates(lambda ps: [{'params': ps}])
@@ -168,8 +173,8 @@ def test_foreign_entries_survive(name, way):
     train(opt, ps, [6])
     after = strings(opt)
     plain = 'tokens', 'rate', 'who', 'sum', 'nested'
-    assert same([after[k] for k in plain], [before[k] for k in plain])
-    assert all(p is q for p, q in zip(after['averages'], ps))
+    for k in plain: assert same(after[k], before[k])
+    assert are(after['averages'], ps)
     assert same(list(after['averages'].values()), list(before['averages'].values()))
     assert next(iter(after['slow'])) is ps[0] and next(iter(after['pairs']))[0] is ps[0]
     qs = leaves()
@@ -188,8 +193,8 @@ def test_foreign_entries_are_copied():
     kept = strings(other)
     assert kept['sum'].tolist() == [0., 1., 2.] and kept['nested'].keys() == {'a'}
     assert kept['nested']['a']['b'][0].tolist() == [1., 1.]
-    assert all(a.abs().sum() > 0 for a in kept['averages'].values())
-    assert all(p is q for p, q in zip(kept['averages'], ps))    # the same, as in torch
+    for average in kept['averages'].values(): assert average.abs().sum() > 0
+    assert are(kept['averages'], ps)                            # the same, as in torch
 
 def test_a_parameter_of_its_own_is_not_copied():
     opt, ps = trained(make_of('AdamW'))
@@ -206,7 +211,7 @@ def test_a_copied_optimizer_keeps_foreign_entries(copier):
     opt, ps = trained(make_of('AdamW'))
     put(opt, foreign(ps))
     twin, qs = copier((opt, ps))
-    assert all(p is q for p, q in zip(twin.state['averages'], qs))
+    assert are(twin.state['averages'], qs)
     assert twin.state['averages'][qs[0]] is not opt.state['averages'][ps[0]]
     assert same(twin.state['nested'], opt.state['nested'])
     assert twin.state['tokens'] == 512
@@ -230,7 +235,7 @@ def test_foreign_entries_through_convert_state():
     put(opt, foreign(ps))
     port = composer.DecoupledAdamW(twins(ps))
     converted = convert_state(opt.state_dict(), port)
-    assert all(p is q for p, q in zip(converted['state']['averages'], ps))
+    assert are(converted['state']['averages'], ps)
     port.load_state_dict(converted)
     assert port.state['tokens'] == 512
     fastais = callback.SGD(leaves(), lr=0.1, mom=0.9)
@@ -252,7 +257,7 @@ def test_the_wrapper_carries_foreign_entries(library):
     wrapped.load_state_dict(sd)
     sd['state']['averages'][ps[0]].zero_()
     averages = wrapped.opt.state['averages']
-    assert all(p is q for p, q in zip(averages, ps)) and averages[ps[0]].abs().sum() > 0
+    assert are(averages, ps) and averages[ps[0]].abs().sum() > 0
 
 def test_an_entry_of_a_tensor_in_no_group():
     "torch raises `KeyError: 139...`; an empty entry, which reading makes, is no harm."
@@ -315,12 +320,13 @@ def test_wrapped_names_are_the_same_names(wrap, name):
     make, plain, wrapped = make_of(name), net(), wrap(net())
     assert names_of(plain) != names_of(wrapped)
     for a, b in (plain, wrapped), (wrapped, plain):
-        opt, other = (make(list(m.named_parameters())) for m in (a, b))
+        opt = make(list(a.named_parameters()))
+        other = make(list(b.named_parameters()))
         ps, qs = list(a.parameters()), list(b.parameters())
         train(opt, ps)
         own = other.param_groups[0]['param_names']
         other.load_state_dict(via_file(opt.state_dict()))
-        assert same([opt.state[p] for p in ps], [other.state[q] for q in qs])
+        assert same(states(opt, ps), states(other, qs))
         assert other.param_groups[0]['param_names'] == own
 
 @pytest.mark.parametrize('wrap', WRAPPED, ids=lambda f: f.__name__)
@@ -332,8 +338,8 @@ def test_wrapped_names_in_another_order_are_refused(wrap):
     assert refuses(other, opt.state_dict(), 'in the order they were saved')
 
 def by_names(*groups):
-    def params(names): return list(zip(names, leaves(*[(3,) for _ in names])))
-    return make_of('SGD')([{'params': params(names)} for names in groups])
+    def group(names): return {'params': list(zip(names, leaves(*[(3,)]*len(names))))}
+    return make_of('SGD')(list(map(group, groups)))
 
 OTHER_NAMES = [
     ([['a', 'b']], [['a', 'c']], "'b' only there, 'c' only here"),
@@ -351,7 +357,7 @@ OTHER_ORDER = [
 @pytest.mark.parametrize('saved, own, words', OTHER_NAMES + OTHER_ORDER)
 def test_other_names_and_another_order_are_told_apart(saved, own, words):
     opt, other = by_names(*saved), by_names(*own)
-    train(opt, [p for g in opt.param_groups for p in g['params']])
+    train(opt, params_of(opt))
     assert refuses(other, opt.state_dict(), words)
     kind = 'in the order' if (saved, own, words) in OTHER_ORDER else 'other names'
     assert refuses(other, opt.state_dict(), kind)
@@ -362,19 +368,21 @@ def test_names_on_one_side_only():
     with_names = make_of('SGD')([('a', qs[0]), ('b', qs[1])])
     with_names.load_state_dict(opt.state_dict())
     assert with_names.param_groups[0]['param_names'] == ['a', 'b']
-    assert same([opt.state[p] for p in ps], [with_names.state[q] for q in qs])
+    assert same(states(opt, ps), states(with_names, qs))
     train(with_names, qs, [5])
     opt.load_state_dict(with_names.state_dict())
-    assert same([opt.state[p] for p in ps], [with_names.state[q] for q in qs])
+    assert same(states(opt, ps), states(with_names, qs))
 
 
 # --- the dictionary is torch's
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('name', TORCHS)
 def test_a_state_dict_is_what_torchs_would_be(name, way):
-    kw = dict(lr=0.05, **(dict(momentum=0.9) if name == 'SGD' else dict(amsgrad=True)))
-    (opt, _), (theirs, _) = (trained(partial(f, **kw, **more)) for f, more in (
-        (getattr(optim, name), WAYS[way]), (getattr(torch.optim, name), {})))
+    kw = dict(lr=0.05)
+    if name == 'SGD': kw['momentum'] = 0.9
+    else: kw['amsgrad'] = True
+    opt, _ = trained(partial(getattr(optim, name), **kw, **WAYS[way]))
+    theirs, _ = trained(partial(getattr(torch.optim, name), **kw))
     a, b = opt.state_dict(), theirs.state_dict()
     assert a.keys() - b.keys() == {'steps', 'shapes'}
     for mine, want in zip(a['param_groups'], b['param_groups']):
@@ -391,10 +399,10 @@ def test_a_state_dict_is_what_torchs_would_be(name, way):
 def test_live_counts_are_numbers_and_stored_ones_are_tensors():
     opt, ps = trained(make_of('AdamW'))
     for _ in range(2):
-        assert [type(opt.state[p]['step']) for p in ps] == [int, int]
-        stored = [s['step'] for s in opt.state_dict()['state'].values()]
-        kinds = [(s.dtype, s.ndim, s.item()) for s in stored]
-        assert kinds == [(torch.float32, 0, 5.)]*2
+        assert list(map(type, counts(states(opt, ps)))) == [int, int]
+        stored = counts(opt.state_dict()['state'].values())
+        assert len(stored) == 2
+        for s in stored: assert (s.dtype, s.ndim, s.item()) == (torch.float32, 0, 5.)
         assert stored[0] is not stored[1]        # torch counts up in place
         opt.load_state_dict(via_file(opt.state_dict()))
 
@@ -405,7 +413,7 @@ def test_no_count_is_rounded(count):
     for p in ps: opt.state[p]['step'] = count
     other, qs = trained(make_of('AdamW'), [])
     other.load_state_dict(via_file(opt.state_dict()))
-    assert [other.state[q]['step'] for q in qs] == [count]*2
+    assert counts(states(other, qs)) == [count]*2
 
 def test_default_tensor_type_and_device_do_not_matter():
     opt, _ = trained(make_of('AdamW'))
@@ -421,29 +429,29 @@ def test_default_tensor_type_and_device_do_not_matter():
 @pytest.mark.parametrize('name', NAMES)
 def test_old_checkpoints_with_plain_counts_load(name):
     opt, ps = trained(make_of(name))
-    sd = opt.state_dict()
-    old = {**sd, 'state': {k: {n: int(v) if n == 'step' else v for n, v in s.items()}
-                           for k, s in sd['state'].items()}}
+    old = opt.state_dict()
+    for entry in old['state'].values():
+        if 'step' in entry: entry['step'] = int(entry['step'])
     other, qs = on_copies(make_of(name, lr=0.5), ps)
     other.load_state_dict(via_file(old))
     agree(train(opt, ps, range(5, 15)), train(other, qs, range(5, 15)), 'resumed', 0.)
 
 def test_converted_counts_are_tensors_for_torch_and_numbers_for_fastai():
     opt, ps = trained(make_of('DecoupledAdamW'))
-    sd = opt.state_dict()
-    old = {**sd, 'state': {k: {**s, 'step': 5} for k, s in sd['state'].items()}}
+    sd, old = opt.state_dict(), opt.state_dict()
+    for entry in old['state'].values(): entry['step'] = 5
     for checkpoint in sd, old:
         port, qs = on_copies(partial(composer.DecoupledAdamW, lr=0.5), ps)
         port.load_state_dict(convert_state(checkpoint, port))
-        assert all(torch.is_tensor(port.state[q]['step']) for q in qs)
+        assert all(map(torch.is_tensor, counts(states(port, qs))))
         port.step()
     fastai = pytest.importorskip('fastai.optimizer', reason='fastai is not installed')
     theirs = fastai.Adam(twins(ps), lr=0.1)
     converted = convert_state(trained(make_of('AdamW'))[0].state_dict(), theirs)
-    assert [s['step'] for s in converted['state']] == [5, 5]
-    assert all(type(s['step']) is int for s in converted['state'])
+    assert counts(converted['state']) == [5, 5]
+    assert list(map(type, counts(converted['state']))) == [int, int]
     back = convert_state(converted, opt)
-    assert all(s['step'].dtype is torch.float32 for s in back['state'].values())
+    for step in counts(back['state'].values()): assert step.dtype is torch.float32
 
 @pytest.mark.parametrize('name', TORCHS)
 def test_torchs_switches_do_not_stay_in_our_groups(name):
@@ -546,7 +554,7 @@ def test_counts_written_into_the_state_as_tensors(way):
             with torch.no_grad(): q.copy_(p)
         train(opt, ps, range(5, 10)), train(other, qs, range(5, 10))
         assert max_diff(ps, qs) == 0., when
-        assert [type(other.state[q]['step']) for q in qs] == [int, int]
+        assert list(map(type, counts(states(other, qs)))) == [int, int]
         sd = opt.state_dict()
 
 
@@ -586,7 +594,7 @@ def test_many_threads_may_save():
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(lambda _: opt.state_dict(), range(400)))
     finally: sys.setswitchinterval(interval)
-    assert all(same(sd, want) for sd in found)
+    for sd in found: assert same(sd, want)
 
 def test_hooks_are_gone_after_a_failure():
     opt, _ = trained(make_of('AdamW'))

@@ -463,9 +463,10 @@ def test_betas_are_any_sequence_of_two_numbers(kind, where, speed):
 
 @pytest.mark.parametrize('betas', [
     0.9, '99', None, (0.9,), (0.9, 0.9, 0.9), [], (0.9, 1.), (-0.1, 0.9),
-    (0.9, float('nan')), ('a', 'b'), {0.5, 0.9}, {0.5: 1, 0.9: 2}, iter([0.5, 0.9]),
-    (b for b in (0.5, 0.9)), torch.tensor([0.9, 1.]), torch.tensor(0.9),
-    torch.ones(2, device='meta'), np.ones((2, 2))], ids=lambda b: type(b).__name__)
+    (0.9, float('nan')), ('a', 'b'), {0.5, 0.9}, {0.5: 1, 0.9: 2},
+    iter([0.5, 0.9]), (b for b in (0.5, 0.9)), torch.tensor([0.9, 1.]),
+    torch.tensor(0.9), torch.ones(2, device='meta'), np.ones((2, 2))],
+    ids=lambda b: type(b).__name__)
 @pytest.mark.parametrize('name', ['Adam', 'DecoupledAdamW', 'Lion', 'LAMB'])
 def test_other_betas_are_refused(name, betas):
     w, _ = leaves()

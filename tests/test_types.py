@@ -24,8 +24,7 @@ WRONG = dict(
     foreach=["'x'", '2.5'], fused=["'x'"], nesterov=['1.5', "'yes'"],
     maximize=["'yes'"], amsgrad=['None'], debug=["'yes'"])
 NUMBERS = 'momentum dampening weight_decay eps trust_coeff'.split()
-RIGHT.update({k: ['0.5', '0'] for k in NUMBERS})
-WRONG.update({k: ["'a'", 'None'] for k in NUMBERS})
+for number in NUMBERS: RIGHT[number], WRONG[number] = ['0.5', '0'], ["'a'", 'None']
 
 PREFACE = '''
 from typing import Any
@@ -101,23 +100,26 @@ opt.add_param_group(3)
 def arguments(name): return list(inspect.signature(getattr(optim, name)).parameters)[1:]
 
 
-def required(name):
-    known = inspect.signature(getattr(optim, name)).parameters
-    return [k for k, p in known.items() if p.default is p.empty and k != 'params']
+def required(name, but=None):
+    "What the optimizer cannot do without, as the text of arguments."
+    text = ''
+    for k, p in inspect.signature(getattr(optim, name)).parameters.items():
+        if p.default is p.empty and k not in ('params', but): text += f', {k}=0.1'
+    return text
 
 
 def calls(values):
     "A line for every argument of every optimizer and every value of it."
     for name in optim.__all__:
         for k in arguments(name):
-            others = ''.join(f', {r}=0.1' for r in required(name) if r != k)
+            others = required(name, but=k)
             for value in values[k]: yield f'optim.{name}(ps{others}, {k}={value})'
 
 
 def forgotten():
     "Lines with a name that an optimizer does not have, or without one that it needs."
     for name in optim.__all__:
-        needs = ''.join(f', {r}=0.1' for r in required(name))
+        needs = required(name)
         yield f'optim.{name}(ps{needs}, momentun=0.9)'
         if needs: yield f'optim.{name}(ps)'
 
@@ -158,7 +160,8 @@ def test_wrong_code_is_reported(cache):
 
 
 def test_every_argument_has_right_and_wrong_values():
-    names = {k for name in optim.__all__ for k in arguments(name)}
+    names = set()
+    for name in optim.__all__: names.update(arguments(name))
     assert names == set(RIGHT) == set(WRONG)
 
 
