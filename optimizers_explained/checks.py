@@ -505,8 +505,9 @@ def check_dense(
 def _sparse(params):
     for i, p in enumerate(params):
         if p.grad is None or p.grad.layout is torch.strided: continue
-        return ValueError(f"params[{i}] (shape {tuple(p.shape)}) has a sparse gradient: "
-                          "steps need dense ones; use sparse=False in the embedding, or "
+        shape = tuple(p.shape)
+        return ValueError(f"params[{i}] (shape {shape}) has a sparse gradient: steps "
+                          "need dense ones; use sparse=False in the embedding, or "
                           "torch.optim.SparseAdam")
 
 # %% ../nbs/27_checks.ipynb #c5a7e002
