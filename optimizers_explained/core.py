@@ -120,7 +120,9 @@ class StepOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad(): loss = closure()
         ready = [(g, check_dense(g)) for g in self.param_groups]
-        if self.watches_lr0: self.watches_lr0 = not warn_above_lr0(self.param_groups)
+        if self.watches_lr0:
+            warned = warn_above_lr0(self.param_groups)
+            self.watches_lr0 = not warned
         self.before_steps()
         for group, (params, grads) in ready:
             if params: self.run(group, params, grads)
@@ -147,14 +149,14 @@ class StepOptimizer(torch.optim.Optimizer):
 
     def run_together(self, calls, bound, params, grads):
         """Run the steps on lists or in kernels; what makes them is imported here, if
-        used."""
+        used. `speed.dispatch.kernel_sources(opt)` shows the kernels."""
         from optimizers_explained.speed.dispatch import run_together
         run_together(self, calls, bound, params, grads)
 
     def advance(self, bound, p, g, state):
         "Run the steps on one parameter, or on what stands for several."
         if not self.proven: return self.prove(bound, p, g, state)
-        known = bool(state)
+        known = bool(state)           # updates are checked until a state was kept
         try:
             for f, step in bound:
                 d = step(p, g, state)
@@ -187,7 +189,7 @@ class StepOptimizer(torch.optim.Optimizer):
     @untraced
     def load_state_dict(self, state_dict):
         "Load a copy of a checkpoint, or raise with nothing changed; see `checkpoint`."
-        # hooks take others
+        # a hook before loading may look into it, and would fail in words of its own
         if not isinstance(state_dict, dict): check_form(state_dict)
         with self.register_load_state_dict_pre_hook(prepare):
             super().load_state_dict(state_dict)

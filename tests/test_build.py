@@ -16,8 +16,9 @@ import torch
 
 from optimizers_explained.speed import compiler
 from optimizers_explained.core import StepOptimizer
-from optimizers_explained.steps import momentum, sgd
+from optimizers_explained.steps import lars, momentum, sgd
 from optimizers_explained.speed.operations import Unfusable
+from optimizers_explained.speed.recorder import record
 from optimizers_explained.problems import max_diff
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -679,3 +680,18 @@ def test_workers():
     "Those of a DataLoader and of a pool; the parent keeps its threads."
     out = python(WORKERS, OMP_NUM_THREADS='2')
     assert out.stdout.splitlines() == ['[1, 1]', 'None 2'], out.stderr[-2000:]
+
+
+# ---- what is asked of a kernel before it runs
+
+def recorded(*steps):
+    hypers = dict(weight_decay=0.1, trust_coeff=0.1, eps=1e-8)
+    known = {lars: hypers, sgd: dict(lr=0.1)}
+    return record([(f, known[f]) for f in steps], torch.ones(2), [], {})
+
+@pytest.mark.parametrize('kind', [compiler.CppKernel, compiler.TritonKernel])
+def test_a_kernel_counts_its_sums(kind, monkeypatch):
+    "A sharded tensor runs in a kernel only if there are none: a list would be true."
+    monkeypatch.setattr(compiler, 'load_triton', lambda source, n: [None]*n)
+    assert kind(recorded(sgd), torch.float32).n_sums == 0
+    assert kind(recorded(lars, sgd), torch.float32).n_sums == 2

@@ -470,7 +470,7 @@ def test_an_interruption_in_the_kernel(monkeypatch):
     opt.step()
     opt.step()
     class Interrupted:
-        sums, chunk = 0, 1
+        n_sums, chunk = 0, 1
         def __call__(self, *args): raise KeyboardInterrupt
     for found in opt.memo.programs.values():
         for program in found:

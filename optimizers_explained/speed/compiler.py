@@ -418,7 +418,7 @@ class CppKernel:
         dtype, # of the parameters
     ):
         writer = Cpp(recording, dtype)
-        self.source, self.sums = writer.source(), len(writer.sums)
+        self.source, self.n_sums = writer.source(), len(writer.sums)
         self.run = load_cpp(self.source)
 
     def __call__(self,
@@ -429,11 +429,11 @@ class CppKernel:
         "Step all tensors of a bucket."
         chunks, tensors = len(layout.tensor), len(layout.sizes)
         table = array('q', [addresses.buffer_info()[0] for addresses in pointers])
-        part, totals = _zeros(self.sums*chunks), _zeros(self.sums*tensors)
+        part, totals = _zeros(self.n_sums*chunks), _zeros(self.n_sums*tensors)
         arrays = (table, layout.sizes, layout.tensor, layout.first,
                   array('d', coefs), part, totals)
         arguments = [_address(a) for a in arrays]
-        waves = layout.waves if self.sums else [array('q', [0, chunks])]
+        waves = layout.waves if self.n_sums else [array('q', [0, chunks])]
         n_threads = ctypes.c_int64(threads())
         for starts in waves:
             count = ctypes.c_int64(len(starts) - 1)
@@ -459,9 +459,10 @@ class TritonKernel:
     ):
         writer = Triton(recording, dtype)
         self.source = writer.source()
-        self.sums = [len(phase.sums) for phase in writer.phases]   # of each phase
+        self.sums_of_phases = [len(phase.sums) for phase in writer.phases]
+        self.n_sums = sum(self.sums_of_phases)
         self.dtype = getattr(torch, writer.type['T'])
-        self.functions = load_triton(self.source, len(self.sums))
+        self.functions = load_triton(self.source, len(self.sums_of_phases))
 
     def __call__(self,
         pointers, # for each tensor argument an array of addresses
@@ -471,7 +472,7 @@ class TritonKernel:
         "Step all tensors of a bucket."
         device, chunks, tensors = layout.device, len(layout.tensor), len(layout.sizes)
         def zeros(n):
-            return torch.zeros(n, sum(self.sums), dtype=self.dtype, device=device)
+            return torch.zeros(n, self.n_sums, dtype=self.dtype, device=device)
         if layout.uploaded is None:
             layout.uploaded = _Uploaded(
                 _upload(layout.sizes, device), _upload(layout.tensor, device),
@@ -479,7 +480,7 @@ class TritonKernel:
         there, part, totals = layout.uploaded, zeros(chunks), zeros(tensors)
         addresses = _upload([list(p) for p in pointers], device)
         coefs = _upload(coefs, device, torch.float64)
-        for function, sums in zip(self.functions, self.sums):
+        for function, sums in zip(self.functions, self.sums_of_phases):
             if chunks:
                 function[(chunks,)](
                     addresses, tensors, there.sizes, there.tensor, there.first,

@@ -14,7 +14,7 @@ Docs: https://optimizers-explained.github.io/optimizers_explained/dispatch.html.
 # %% auto #0
 __all__ = ['BACKENDS', 'LIMIT', 'Program', 'Held', 'Memo', 'touch', 'Launch', 'prepare', 'has_memory', 'written_by',
            'check_apart', 'run_kernels', 'acts_by_element', 'is_large', 'in_rows', 'states_of', 'batches_of',
-           'are_tied', 'run_list', 'run_alone', 'run_together']
+           'are_tied', 'run_list', 'run_alone', 'run_together', 'kernel_sources']
 
 # %% ../../nbs/38_dispatch.ipynb #211fca0e
 import operator
@@ -204,7 +204,7 @@ def prepare(
     held = memo.program(calls, batch.params[0], bucket.tensors, numbers)
     kernel = held.program.kernel_for(batch.params[0])
     if bucket.layout is None: bucket.layout = Layout(batch.written(), kernel.chunk)
-    if bucket.layout.placements and kernel.sums:
+    if bucket.layout.placements and kernel.n_sums:
         raise Unfusable('a norm or sum over a sharded tensor has no fused form')
     return Launch(batch, kernel, bucket.layout, held.coefs, held.numbers)
 
@@ -433,3 +433,12 @@ def _takes_lists(opt, params, plan, batches):
         instead = 'foreach=True, and still one parameter is stepped after the other'
         opt.memo.tell(opt.memo.alone, instead)
     return False
+
+# %% ../../nbs/38_dispatch.ipynb #5c0e0002
+def kernel_sources(
+    opt, # a `StepOptimizer` that has been stepped with `fused=True`
+) -> list: # a text for each kernel, C++ or Triton; none before there is a state
+    "What the kernels of an optimizer compute."
+    known = opt.memo.programs.values() if opt.memo else []
+    programs = [program for found in known for program in found]
+    return [program.kernel.source for program in programs if program.kernel]
