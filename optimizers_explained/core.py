@@ -208,3 +208,10 @@ class StepOptimizer(torch.optim.Optimizer):
     def __repr__(self):
         steps = ', '.join(map(name_of, self.steps))
         return super().__repr__().replace(' (', f' [{steps}] (', 1)
+
+# %% ../nbs/21_core.ipynb #b2cdb16e
+def __getattr__(name):
+    "Steps stood in this module once; whoever imports one from here still gets it."
+    from optimizers_explained import steps
+    if name in steps.__all__: return getattr(steps, name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 import optimizers_explained as pkg
 from optimizers_explained.contract import ROWS
 
-DOORS = {'rosetta'}                 # names that lead to another module
+DOORS = {'rosetta', 'wrapper'}      # names that lead to another module
 
 def names_of_modules():
     "Modules that pages export, and packages of them, by their names below the package"
@@ -271,6 +271,14 @@ def test_the_core_loads_no_compiler():
     assert loaded_by('core') == CORE
     assert loaded_by('optim') == {*CORE, 'optim', 'steps'}
     assert loaded_by('speed.dispatch') > {'speed.compiler', 'speed.lists'}
+
+def test_names_that_have_moved_are_found_where_they_were():
+    from optimizers_explained import core, steps
+    from optimizers_explained.callback.wrapper import OptimWrapper
+    from optimizers_explained.wrapper import OptimWrapper as by_the_door
+    assert by_the_door is OptimWrapper
+    assert all(getattr(core, name) is getattr(steps, name) for name in steps.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'sdg'"): core.sdg
 
 def test_a_missing_comment_would_be_found(tmp_path, monkeypatch):
     (tmp_path/'bare_demo.py').write_text(BARE_MODULE)
