@@ -474,9 +474,8 @@ class Checked:
         d = self.func(p, g, state, **hypers)
         if g._version != before:
             raise RuntimeError(f"step {name_of(self.func)} changed g in place: g "
-                               """as p.grad, which must stay as it is; return a new
-                               tensor"""
-                               "tensor instead")
+                               "starts as p.grad, which must stay as it is; return a "
+                               "new tensor instead")
         return d if d is None else check_update(self.func, d, p)
 
 # %% ../nbs/27_checks.ipynb #5d2b8a10
